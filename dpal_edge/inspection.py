@@ -1,0 +1,148 @@
+"""What a checkpoint, run folder, bundle, weights file or ONNX file holds, as one JSON-ready description."""
+
+import importlib
+import struct
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dpal_edge.errors import BackendUnavailable, DataError, ModelFileError
+from dpal_edge.files import sha256_of
+from dpal_edge.manifest import MANIFEST_NAME, Manifest
+
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin")
+_CHECKPOINTS = "checkpoints"
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Describe ``path``; its hashes are checked where it carries any.
+
+    Raises:
+        DataError: nothing is there, or nothing that this project reads.
+        ModelFileError: it is damaged.
+        BackendUnavailable: reading it needs a package that is not installed.
+    """
+    if path.is_dir() and (path / MANIFEST_NAME).exists():
+        return _bundle(path)
+    if (path / _CHECKPOINTS).is_dir():
+        return {"kind": "run folder", **_weights(_models("checkpoint").newest_checkpoint(path))}
+    if path.is_file() and path.suffix == ".onnx":
+        return _onnx(path)
+    if path.is_file() and path.suffix in _WEIGHTS:
+        return _weights(path)
+    what = "is neither a bundle nor a run folder" if path.is_dir() else "is not known" if path.exists() else "is missing"
+    raise DataError(f"{path}: {what}; expected a bundle, a run folder, an .onnx file, or weights ({', '.join(_WEIGHTS)})")
+
+
+def as_text(description: dict[str, Any], indent: int = 0) -> str:
+    """Lay a description out for a person: one line per value, nested ones indented."""
+    width = max((len(str(key)) for key in description), default=0)
+    lines = []
+    for key, value in description.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{' ' * indent}{key}", as_text(value, indent + 2)]
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{' ' * indent}{str(key):{width}}  {f'{shown:,}' if type(shown) is int else shown}")
+    return "\n".join(lines)
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    manifest = Manifest.read(path)
+    for spec in (manifest.golden, *(artifact.file for artifact in manifest.artifacts)):
+        manifest.file(path, spec)
+    rows, columns = manifest.input.size
+    artifacts = {
+        artifact.target: {
+            "file": artifact.file.file,
+            "bytes": artifact.file.bytes,
+            "precision": artifact.precision,
+            "largest error": f"{artifact.parity.max_rel_error:.1e} of the largest output, on {artifact.parity.images} "
+            f"crops with {artifact.parity.backend}",
+        }
+        for artifact in manifest.artifacts
+    }
+    return {
+        "kind": "bundle, all files intact",
+        "model": manifest.model,
+        "input": f"{manifest.input.name}: uint8 RGB (B, {rows}, {columns}, 3)",
+        "outputs": {head.name: f"{head.task} {head.shape}" for head in manifest.heads},
+        "artifacts": artifacts,
+        "parameters": manifest.stripped.parameters_after,
+        "stripped": manifest.stripped.removed,
+        "provenance": manifest.provenance,
+    }
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    checkpoint = _models("checkpoint")
+    if path.suffix == ".safetensors" and checkpoint.is_ours(path):
+        read = checkpoint.read_checkpoint(path)
+        metadata = {key: value for key, value in read.metadata.items() if key not in ("config", "scaler")}
+        return {"kind": "dpal-edge checkpoint, intact", "file": str(path), "values": read.parts, **metadata}
+    loaded = checkpoint.read_tensors(path)
+    state = checkpoint.flatten_published(loaded)
+    if not state:
+        raise ModelFileError(f"{path}: holds no tensors; its entries are {', '.join(list(loaded)[:6]) or 'none'}")
+    backbone, decoder = checkpoint.split_dpal(state)
+    description: dict[str, Any] = {
+        "kind": "published weights",
+        "file": str(path),
+        "sha256": sha256_of(path),
+        "entries": [key for key, value in loaded.items() if not hasattr(value, "shape")] or ["a flat state dict"],
+        "values": {
+            "backbone": sum(v.numel() for v in backbone.values()),
+            "decoder": sum(v.numel() for v in decoder.values()),
+        },
+    }
+    try:
+        architecture = checkpoint.infer_vit(backbone).to_dict()
+    except ModelFileError as error:
+        return {**description, "architecture": str(error)}
+    told = {key: architecture[key] for key in ("width", "depth", "patch_size", "mlp_ratio", "layer_scale")}
+    return {**description, "architecture": {**told, "positions": int(backbone["pos_embed"].shape[1])}}
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    onnx = _import("onnx", "export")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError, struct.error, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
+        raise ModelFileError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
+    kinds = onnx.TensorProto.DataType
+
+    def tensor(value: Any) -> str:
+        shape = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        return f"{kinds.Name(value.type.tensor_type.elem_type).lower()} ({', '.join(map(str, shape))})"
+
+    stored: Counter[str] = Counter()
+    for initializer in model.graph.initializer:
+        count = 1
+        for side in initializer.dims:
+            count *= side
+        stored[kinds.Name(initializer.data_type).lower()] += count
+    return {
+        "kind": "ONNX file",
+        "sha256": sha256_of(path),
+        "bytes": path.stat().st_size,
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
+        "inputs": {value.name: tensor(value) for value in model.graph.input},
+        "outputs": {value.name: tensor(value) for value in model.graph.output},
+        "stored values": dict(stored),
+        "operators": dict(Counter(node.op_type for node in model.graph.node).most_common()),
+    }
+
+
+def _models(module: str) -> ModuleType:
+    return _import(f"dpal_edge.models.{module}", "export")
+
+
+def _import(module: str, extra: str) -> ModuleType:
+    """Import what only some files need, so that a bundle can be inspected on a device without torch."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(f"reading this file needs {error.name}: pip install 'dpal-edge[{extra}]'") from error

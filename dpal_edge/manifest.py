@@ -1,0 +1,177 @@
+"""The contract of a bundle: what goes in, what comes out, which files, and what was proven about them.
+
+A bundle is a folder with ``manifest.json``, the artifacts it names and ``golden.npz``. Export writes it; install, verify,
+run and profile read it, on machines that know nothing of how it was trained.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpal_edge.errors import ModelFileError
+from dpal_edge.files import sha256_of, write_text
+
+SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """The one input of every artifact: uint8 RGB crops of shape (B, height, width, 3); nothing to normalise outside."""
+
+    name: str
+    size: tuple[int, int]  # height, width in pixels
+    mean: tuple[float, ...]  # of RGB in 0..1; already folded into the weights, kept for the record
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """One output of the graph."""
+
+    name: str  # of the output tensor
+    task: str  # "embedding" here; later pose, parsing, reid, attributes, detection
+    shape: tuple[int, ...]  # without the batch axis
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSpec:
+    """A file of the bundle."""
+
+    file: str  # relative to the bundle
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileSpec":
+        """Describe the existing file at ``path``, named relative to its folder."""
+        return cls(file=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far a written artifact, run by its own backend, is from float32 torch on real crops."""
+
+    backend: str  # name and version of what ran the file
+    images: int
+    max_abs_error: float  # over all outputs
+    max_rel_error: float  # max_abs_error over the largest absolute reference value
+    min_cosine: float  # over images and outputs
+    tolerance: float  # on max_rel_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One runnable form of the model."""
+
+    target: str  # an export target, for example "onnx"
+    precision: str  # for example "float32"
+    file: FileSpec
+    parity: Parity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stripped:
+    """What export removed: the numbers of parameters behind the claim that only the student ships."""
+
+    parameters_before: int  # of all that computed in training: student, decoder, teacher
+    parameters_after: int  # in the exported graph
+    removed: dict[str, int]  # parameters per removed part, for example {"decoder": 29350000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a device needs to know about a bundle."""
+
+    model: str  # architecture, for example "vit_tiny"
+    input: InputSpec
+    heads: tuple[HeadSpec, ...]
+    artifacts: tuple[Artifact, ...]
+    golden: FileSpec  # npz: "images" (n, H, W, 3) uint8, and per head its float32 torch output
+    stripped: Stripped
+    provenance: dict[str, Any]
+    schema: int = SCHEMA
+
+    def write(self, bundle: Path) -> Path:
+        """Write ``manifest.json`` into ``bundle``, atomically, and return its path."""
+        path = bundle / MANIFEST_NAME
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, bundle: Path) -> "Manifest":
+        """Read and check the manifest of the folder ``bundle``; the files it names are not opened.
+
+        Raises:
+            ModelFileError: no manifest, not JSON, another schema, or a field missing, unknown or of the wrong type.
+        """
+        path = bundle / MANIFEST_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ModelFileError(
+                f"{bundle}: no {MANIFEST_NAME}, so not a bundle; write one with 'dpal-edge export'"
+            ) from error
+        except ValueError as error:
+            raise ModelFileError(f"{path}: not valid JSON ({error}); export the bundle again") from error
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA:
+            raise ModelFileError(
+                f"{path}: schema {found}, expected {SCHEMA}; export the bundle again with this dpal-edge version"
+            )
+        manifest: Manifest = _parse(cls, data, str(path))
+        return manifest
+
+    def file(self, bundle: Path, spec: FileSpec) -> Path:
+        """Return the path of ``spec`` in ``bundle`` after checking its hash.
+
+        Raises:
+            ModelFileError: the file is missing, lies outside the bundle, or differs from the manifest.
+        """
+        path = bundle / spec.file
+        if not path.resolve().is_relative_to(bundle.resolve()):
+            raise ModelFileError(f"{bundle}: the manifest names {spec.file!r}, a file outside the bundle; refused")
+        if not path.is_file():
+            raise ModelFileError(f"{path}: missing, though the manifest names it; copy the whole bundle again")
+        if (found := sha256_of(path)) != spec.sha256:
+            raise ModelFileError(
+                f"{path}: damaged or replaced (sha256 {found[:12]}, the manifest says {spec.sha256[:12]}); "
+                f"copy or export the bundle again"
+            )
+        return path
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Build ``kind`` (a dataclass, tuple, dict or scalar type) from parsed JSON; name the field that does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _parse_dataclass(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
+        if len(kinds) == len(value):
+            return tuple(_parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Any or (isinstance(kind, type) and not origin and type(value) is kind):
+        return value
+    expected = kind if isinstance(kind, types.GenericAlias) else kind.__name__
+    raise ModelFileError(f"{where}: {value!r} found, expected {expected}; export the bundle again")
+
+
+def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{where}: {value!r} found, expected an object; export the bundle again")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    for problem, names in (("lacks", required - value.keys()), ("has unknown", value.keys() - fields.keys())):
+        if names:
+            raise ModelFileError(f"{where}: {problem} {', '.join(sorted(names))}; export the bundle again")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _parse(hints[name], item, f"{where}: {name}") for name, item in value.items()})

@@ -1,0 +1,311 @@
+"""Checkpoints: safetensors with JSON metadata and a hash over every byte; and the published layouts, read safely.
+
+Nothing here unpickles: ``.pth`` files go through ``weights_only=True``, with ``argparse.Namespace`` alone allowed beside
+tensors and plain containers, because the authors' files hold their arguments in one.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dpal_edge.errors import DataError, ModelFileError
+from dpal_edge.files import atomic_path
+from dpal_edge.models.vit import STUDENTS, ViTConfig, VisionTransformer
+
+FORMAT = "dpal-edge checkpoint 1"
+CHECKPOINTS = "checkpoints"  # folder of a run
+_UNSET_HASH = "0" * 64
+
+# Authors' name -> ours, in DPAL's decoder ("adapter"); what their code creates and never uses maps to nothing.
+_DECODER_NAMES = {
+    "pattern_queries": "queries",
+    "down_dim": "narrow",
+    "norm1": "narrow_norm",
+    "norm2": "attn_norm",
+    "gate.moe_tokens": "router.token",
+    "gate.weight": "router.weight",
+    "gate.norm": "router.norm",
+    "gate.cross_attn": "router.attn",
+    "attn2": "query_attn",
+    "norm4": "cross_norm",
+    "norm5": "expert_in_norm",
+    "mlp.0": "expert",
+    "mlp.2": "expert_norm",
+    "after_experts.norm": "out_norm",
+    "norm3": None,
+    "expert_norm": None,
+}
+_NESTS = ("student", "teacher", "model", "state_dict")  # where published files keep their weights
+_WRAPPERS = ("module.", "backbone_module.")  # prefixes left by data parallelism
+_DEFAULT_MEAN, _DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]  # on the CPU
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors whose name starts with ``name`` and a dot, without that prefix."""
+        return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(f"{name}.")}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The number of values in each part: backbone, decoder, ema, optimizer, ..."""
+        counts: dict[str, int] = {}
+        for key, value in self.tensors.items():
+            part = key.partition(".")[0]
+            counts[part] = counts.get(part, 0) + value.numel()
+        return counts
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write ``tensors`` and JSON-ready ``metadata`` to ``path``, atomically, with a hash over every byte."""
+    cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    header = {"format": FORMAT, "sha256": _UNSET_HASH, "dpal_edge": json.dumps(metadata)}
+    content = safetensors.torch.save(cpu, header)
+    digest = hashlib.sha256(content).hexdigest()
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        # The hash is taken with zeros in its own place, so it covers the header as well.
+        start = content.index(_UNSET_HASH.encode())
+        for piece in (content[:start], digest.encode(), memoryview(content)[start + 64 :]):
+            file.write(piece)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of ours from ``path`` and check its hash.
+
+    Raises:
+        ModelFileError: missing, cut short, damaged, or not a dpal-edge checkpoint.
+    """
+    content = _read_bytes(path)
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ModelFileError(f"{path}: damaged, or not a dpal-edge checkpoint: its header cannot be read") from error
+    if header.get("format") != FORMAT:
+        raise ModelFileError(f"{path}: not a dpal-edge checkpoint (format {header.get('format')!r}, not {FORMAT!r})")
+    stated = header.get("sha256", "")
+    digest = hashlib.sha256(content.replace(stated.encode(), _UNSET_HASH.encode(), 1)).hexdigest()
+    if digest != stated:
+        raise ModelFileError(f"{path}: damaged: its sha256 is not the one written in it; a byte changed, or it was cut")
+    return Checkpoint(metadata=json.loads(header["dpal_edge"]), tensors=safetensors.torch.load(content))
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, oldest first; none if there is no such folder."""
+    return sorted((run / CHECKPOINTS).glob("step-*.safetensors"))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint of a run folder by its step; its content is not checked.
+
+    Raises:
+        ModelFileError: there is none.
+    """
+    paths = list_checkpoints(run)
+    if not paths:
+        raise ModelFileError(f"{run}: no checkpoint in {run / CHECKPOINTS}; expected the folder of a training run")
+    return paths[-1]
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read any published weights file, ``.safetensors`` or a torch file, as plain containers; execute nothing.
+
+    Raises:
+        ModelFileError: missing, damaged, or holding something that only unpickling would load.
+    """
+    content_error = f"{path}: cannot be read as weights"
+    if not path.is_file():
+        raise ModelFileError(f"{path}: no such file; expected weights as .safetensors, .pth, .pt or .tar")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelFileError(f"{content_error}: it is damaged, or holds code that is never run here ({reason})") from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ModelFileError(f"{content_error}: damaged or cut short ({str(error).splitlines()[0]})") from error
+    if not isinstance(loaded, dict):
+        raise ModelFileError(f"{content_error}: it holds a {type(loaded).__name__}, expected a dictionary of tensors")
+    return loaded
+
+
+def flatten_published(loaded: dict[str, Any], nest: str | None = None) -> dict[str, Tensor]:
+    """Return the state dict inside a published file, without wrapper prefixes.
+
+    ``nest`` picks one of the file's dictionaries (``teacher`` is the EMA student in DPAL's files); None takes the first
+    that is there.
+    """
+    names = [nest] if nest else [name for name in _NESTS if isinstance(loaded.get(name), dict)]
+    state = loaded[names[0]] if names and isinstance(loaded.get(names[0]), dict) else loaded
+    flat = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            for wrapper in _WRAPPERS:
+                key = key.removeprefix(wrapper)
+            flat[key] = value
+    return flat
+
+
+def split_dpal(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a flat state dict in DPAL's layout into backbone and decoder, the decoder under this project's names.
+
+    A file with a bare backbone (no ``backbone.`` prefix, as released) gives an empty decoder.
+    """
+    prefixed = any(key.startswith("backbone.") for key in state)
+    backbone: dict[str, Tensor] = {}
+    decoder: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith("adapter."):
+            renamed = decoder_name(key.removeprefix("adapter."), narrowed="adapter.down_dim.weight" in state)
+            if renamed:
+                decoder[renamed] = value
+        elif key.startswith("backbone.") or not prefixed:
+            backbone[key.removeprefix("backbone.")] = value
+    return {key: value for key, value in backbone.items() if not key.startswith("inter_norm.")}, decoder
+
+
+def infer_vit(state: dict[str, Tensor], **known: Any) -> ViTConfig:
+    """Read the architecture of a ViT off its state dict; what weights cannot tell (heads, size) comes as ``known``.
+
+    Without ``size``, a square number of positions is taken as a square image, any other as twice as high as wide.
+
+    Raises:
+        ModelFileError: the keys are not those of a ViT.
+    """
+    try:
+        kernel, positions = state["patch_embed.proj.weight"], state["pos_embed"]
+        hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+    except KeyError as error:
+        example = ", ".join(list(state)[:3]) or "no tensors"
+        raise ModelFileError(f"not a ViT: {error} is missing; the keys begin {example}") from error
+    patch = kernel.shape[-1]
+    count = positions.shape[1] - 1
+    columns = math.isqrt(count) if math.isqrt(count) ** 2 == count else math.isqrt(count // 2)
+    found = ViTConfig(
+        size=(count // max(columns, 1) * patch, columns * patch),
+        patch_size=patch,
+        width=width,
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        mlp_ratio=hidden / width,
+        layer_scale="blocks.0.ls1.gamma" in state,
+    )
+    config = replace(found, **known)
+    if math.prod(config.grid) != count:
+        raise ModelFileError(
+            f"{count} positions do not fit {config.size[0]}x{config.size[1]} pixels in patches of {patch}; give the size"
+        )
+    return config
+
+
+def load_backbone(path: Path, *, weights: str = "best", **known: Any) -> tuple[VisionTransformer, dict[str, Any]]:
+    """Load the student backbone of one of our checkpoints or of a published DPAL file.
+
+    Args:
+        path: the checkpoint.
+        weights: ``backbone`` (as trained), ``ema`` (its running mean), or ``best`` of the two by validation loss; in
+            published files ``ema`` is what they call teacher.
+        known: for published files, fields of ViTConfig that weights cannot tell; by default 6 and 12 heads, and
+            positions resized in 1-D, as those were trained.
+
+    Returns:
+        The backbone in eval mode, and metadata with at least ``mean``, ``std`` and ``parameters`` (of all that
+        computed in training, by part).
+
+    Raises:
+        ModelFileError: missing, damaged, not a student, or ``weights`` that the file does not hold.
+    """
+    if path.suffix == ".safetensors" and is_ours(path):
+        checkpoint = read_checkpoint(path)
+        trained = {name: checkpoint.parts[name] for name in ("backbone", "decoder")}
+        parameters = {**trained, "teacher": checkpoint.metadata["teacher"]["parameters"]}
+        metadata = {**checkpoint.metadata, "parameters": parameters}
+        part = checkpoint.metadata.get("best", "backbone") if weights == "best" else weights
+        config, state = ViTConfig.from_dict(metadata["architecture"]), checkpoint.part(part)
+    else:
+        loaded = read_tensors(path)
+        part = weights = "backbone" if weights == "best" else weights
+        state, decoder = split_dpal(flatten_published(loaded, "teacher" if weights == "ema" else None))
+        config = infer_vit(state, **{"pos_interp": "1d", **_published_size(loaded), **known})
+        counts = {"backbone": state, "decoder": decoder}
+        metadata = {
+            "mean": _DEFAULT_MEAN,
+            "std": _DEFAULT_STD,
+            "student": next((name for name, c in STUDENTS.items() if c.width == config.width), "vit"),
+            "parameters": {name: sum(v.numel() for v in values.values()) for name, values in counts.items()},
+        }
+    if not state:
+        raise ModelFileError(f"{path}: holds no {part!r} weights; it has {', '.join(metadata['parameters'])}")
+    backbone = VisionTransformer(config)
+    load_matching(backbone, state, path, least=1.0)
+    return backbone.eval(), {**metadata, "weights": part}
+
+
+def load_matching(module: torch.nn.Module, state: dict[str, Tensor], path: Path, *, least: float) -> float:
+    """Load ``state`` into ``module`` and return the share of its tensors that were found, 0..1.
+
+    Raises:
+        ModelFileError: less than ``least`` of the module's tensors are in ``state`` with the right shape.
+    """
+    wanted = module.state_dict()
+    matching = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
+    share = len(matching) / len(wanted)
+    if share < least:
+        missing = [key for key in wanted if key not in matching]
+        raise ModelFileError(
+            f"{path}: {100 * share:.1f} % of the model's {len(wanted)} tensors match, expected at least "
+            f"{100 * least:.0f} %; missing or of another shape: {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}; is this the right file?"
+        )
+    module.load_state_dict(matching, strict=False)
+    return share
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint") from error
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether a .safetensors file was written here; a damaged one counts as ours, and reading it says what is wrong."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "dpal_edge" in (file.metadata() or {})
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path}: no such file; expected a checkpoint") from error
+    except (safetensors.SafetensorError, OSError):
+        return True  # damaged: read_checkpoint says how
+
+
+def _published_size(loaded: dict[str, Any]) -> dict[str, Any]:
+    arguments = loaded.get("args")
+    if isinstance(arguments, argparse.Namespace) and hasattr(arguments, "height") and hasattr(arguments, "width"):
+        return {"size": (int(arguments.height), int(arguments.width))}
+    return {}
+
+
+def decoder_name(key: str, *, narrowed: bool) -> str | None:
+    """Translate a name of the authors' decoder; None for what their code creates and never uses."""
+    if key.startswith("norm1.") and not narrowed:
+        return None  # created, and used only behind down_dim
+    for theirs, ours in _DECODER_NAMES.items():
+        if key == theirs or key.startswith(f"{theirs}."):
+            return ours and ours + key.removeprefix(theirs)
+    return key

@@ -1,0 +1,197 @@
+"""Teachers: any frozen model that turns images into tokens on the student's patch grid."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpal_edge.errors import ConfigError, ModelFileError
+from dpal_edge.files import sha256_of
+from dpal_edge.models.checkpoint import flatten_published, infer_vit, load_matching, read_tensors, split_dpal
+from dpal_edge.models.vit import VisionTransformer
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LEAST_MATCH = 0.95  # a teacher with fewer of its tensors found is refused: it would train a student on noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passport:
+    """What a run's teacher was: written into the run folder and into every checkpoint."""
+
+    spec: str
+    sha256: str | None  # of the weights file; None when a hub served them
+    keys_matched: float  # share of the model's tensors found in the file, 0..1
+    parameters: int
+    patch_size: int
+    width: int
+    layer: int  # block whose tokens are aligned, after the final norm
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    licence: str  # as the source states it, "unknown" otherwise
+
+
+class Teacher(nn.Module):
+    """A frozen model behind one contract, on the student's grid and normalisation.
+
+    ``forward`` maps images (B, 3, H, W), normalised with the ImageNet mean and std, to float32 tokens (B, 1 + N, width), the
+    global token first, N = H / ``student_patch`` * W / ``student_patch`` patches. Images are resized so that the
+    teacher's patches fall on that grid, and re-normalised where the teacher wants another mean and std.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Callable[[Tensor], Tensor], passport: Passport, student_patch: int) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.passport = passport
+        self.student_patch = student_patch
+        self._tokens = tokens
+        mean, std = torch.tensor(passport.mean), torch.tensor(passport.std)
+        scale = torch.tensor(IMAGENET_STD) / std
+        shift = (torch.tensor(IMAGENET_MEAN) - mean) / std
+        self._renormalise = not torch.equal(scale, torch.ones(3)) or bool(shift.any())
+        self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode whatever the parent does."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return float32 tokens (B, 1 + N, width) without a graph."""
+        if self._renormalise:
+            images = images * self.scale + self.shift
+        if self.passport.patch_size != self.student_patch:
+            size = [side // self.student_patch * self.passport.patch_size for side in images.shape[-2:]]
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        return self._tokens(images).float()
+
+
+def load_teacher(
+    spec: str, *, layer: int | None = None, heads: int | None = None, student_patch: int = 16, size: tuple[int, int] | None = None
+) -> Teacher:
+    """Load the teacher that ``spec`` names.
+
+    Args:
+        spec: ``timm:NAME`` (pretrained weights from timm's hub), ``timm:NAME@FILE`` (local weights into timm's
+            architecture), or ``FILE`` (a plain ViT in timm's or DPAL's layout; positions are resized as DPAL does).
+        layer: block whose tokens are taken, 1 to depth; None is the last. The final norm is applied in either case.
+        heads: attention heads of a ViT read from FILE; by default width / 64, as in ViT-S, -B and -L.
+        student_patch: patch size of the student, in pixels.
+        size: image (height, width) that FILE stores positions for, if they are neither square nor 2:1.
+
+    Raises:
+        ConfigError: an unknown timm name, or a layer that the model does not have.
+        ModelFileError: the file is missing, damaged, or less than 95 % of its keys match.
+    """
+    if spec.startswith("timm:"):
+        return _timm_teacher(spec, layer, student_patch)
+    path = Path(spec)
+    state, _ = split_dpal(flatten_published(read_tensors(path)))
+    known: dict[str, Any] = {"size": size} if size else {}
+    try:
+        config = infer_vit(state, pos_interp="2d-dino", **known)
+        heads = heads or max(config.width // 64, 1)
+        config = infer_vit(state, pos_interp="2d-dino", heads=heads, last_heads=heads, **known)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}; for another architecture use timm:NAME@{path}") from error
+    layer = _check_layer(spec, layer, config.depth)
+    vit = VisionTransformer(config)
+    passport = Passport(
+        spec=spec,
+        sha256=sha256_of(path),
+        keys_matched=load_matching(vit, state, path, least=LEAST_MATCH),
+        parameters=sum(p.numel() for p in vit.parameters()),
+        patch_size=config.patch_size,
+        width=config.width,
+        layer=layer,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        licence="unknown",
+    )
+    return Teacher(vit, lambda images: vit(images, layer), passport, student_patch)
+
+
+def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
+    import timm  # 3 s to import: paid only by those who name a timm model
+
+    name, _, file = spec.removeprefix("timm:").partition("@")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:4]) or "see timm.list_models()"
+        raise ConfigError(f"teacher {spec!r}: timm {timm.__version__} has no model {name!r}; close to it: {close}")
+    try:
+        model = timm.create_model(name, pretrained=not file, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:
+        raise ConfigError(f"teacher {spec!r}: {name} is not a ViT that takes images of any size ({error})") from error
+    except (OSError, RuntimeError) as error:
+        raise ModelFileError(
+            f"teacher {spec!r}: its weights cannot be fetched ({type(error).__name__}); "
+            f"download them and give timm:{name}@FILE"
+        ) from error
+    matched = 1.0
+    if file:
+        state = flatten_published(read_tensors(Path(file)))
+        matched = load_matching(model, state, Path(file), least=LEAST_MATCH)
+    layer = _check_layer(spec, layer, len(model.blocks))
+    config = model.pretrained_cfg
+    passport = Passport(
+        spec=spec,
+        sha256=sha256_of(Path(file)) if file else None,
+        keys_matched=matched,
+        parameters=sum(p.numel() for p in model.parameters()),
+        patch_size=model.patch_embed.patch_size[0],
+        width=model.embed_dim,
+        layer=layer,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        licence=config.get("license") or "unknown",
+    )
+
+    def tokens(images: Tensor) -> Tensor:
+        [(patches, prefix)] = model.forward_intermediates(
+            images, indices=[layer - 1], norm=True, stop_early=True, output_fmt="NLC", return_prefix_tokens=True,
+            intermediates_only=True,
+        )  # fmt: skip
+        first = prefix[:, :1] if prefix is not None and prefix.shape[1] else patches.mean(1, keepdim=True)
+        return torch.cat([first, patches], dim=1)
+
+    return Teacher(model, tokens, passport, student_patch)
+
+
+def _check_layer(spec: str, layer: int | None, depth: int) -> int:
+    if layer is not None and not 1 <= layer <= depth:
+        raise ConfigError(f"teacher layer {layer}: {spec} has blocks 1 to {depth}")
+    return layer or depth
+
+
+def check_features(teacher: Teacher, images: Tensor) -> dict[str, float]:
+    """Run the teacher on real crops (B, 3, H, W), normalised, and refuse one that says nothing.
+
+    Returns:
+        ``std``: mean over channels of the global token's deviation between crops; ``cosine``: mean cosine similarity of
+        different crops' global tokens, -1..1.
+
+    Raises:
+        ModelFileError: features that are not finite, or the same for every crop.
+    """
+    tokens = teacher(images)
+    if not tokens.isfinite().all():
+        raise ModelFileError(f"teacher {teacher.passport.spec}: gives values that are not finite on real crops; wrong weights?")
+    first = tokens[:, 0]
+    unit = F.normalize(first, dim=-1)
+    pairs = unit @ unit.T
+    off_diagonal = (pairs.sum() - pairs.trace()) / max(len(first) * (len(first) - 1), 1)
+    check = {"std": first.std(0, unbiased=False).mean().item(), "cosine": off_diagonal.item()}
+    if len(first) > 1 and check["std"] < 1e-4:
+        raise ModelFileError(
+            f"teacher {teacher.passport.spec}: gives the same features for {len(first)} different crops; wrong weights?"
+        )
+    return check
+
+
+def passport_fields(passport: Passport) -> dict[str, Any]:
+    """Return the passport as JSON-ready values."""
+    return {**asdict(passport), "mean": list(passport.mean), "std": list(passport.std)}

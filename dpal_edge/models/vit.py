@@ -1,0 +1,186 @@
+"""The plain Vision Transformer of DPAL's students and teachers.
+
+timm's ViT is not used because the published student has another number of heads in its last block, and its position
+embedding is resized by rules of its own. Parameter names are timm's, so weights go both ways.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PosInterp = Literal["2d", "2d-dino", "1d"]
+PosInit = Literal["trunc_normal", "uniform"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """The architecture of a ViT; saved in every checkpoint."""
+
+    size: tuple[int, int] = (256, 128)  # height, width in pixels that pos_embed is stored for
+    patch_size: int = 16
+    width: int = 192  # channels of a token
+    depth: int = 12
+    heads: int = 6
+    last_heads: int = 12  # heads of the last block; DPAL pairs them with the teacher's
+    mlp_ratio: float = 4.0
+    layer_scale: bool = False  # DINOv2 scales each residual branch per channel
+    pos_interp: PosInterp = "2d"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches that pos_embed is stored for."""
+        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {**asdict(self), "size": list(self.size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ViTConfig":
+        """Rebuild what ``to_dict`` gave."""
+        return cls(**{**fields, "size": tuple(fields["size"])})
+
+
+# DPAL's students (METHOD.md 2.2): twice the heads in the last block, a trait kept from TinyMIM.
+STUDENTS: dict[str, ViTConfig] = {
+    "vit_tiny": ViTConfig(width=192, heads=6, last_heads=12),
+    "vit_small": ViTConfig(width=384, heads=6, last_heads=12),
+}
+
+
+def student_config(
+    name: str, size: tuple[int, int], *, heads: tuple[int, int] = (6, 12), pos_interp: PosInterp = "2d"
+) -> ViTConfig:
+    """Return the architecture of student ``name`` at ``size`` (height, width), with ``heads`` in all and the last block."""
+    return replace(STUDENTS[name], size=size, heads=heads[0], last_heads=heads[1], pos_interp=pos_interp)
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm ViT with a class token and learned positions; no dropout.
+
+    ``forward`` maps normalised images (B, 3, H, W), H and W multiples of the patch size, to final-norm tokens
+    (B, 1 + N, width), the class token first, N patches in row order.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, rows_columns = config.width, config.grid
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(rows_columns), width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, config.patch_size, config.patch_size)})
+        last = config.depth - 1
+        self.blocks = nn.ModuleList(
+            Block(width, config.last_heads if i == last else config.heads, config.mlp_ratio, config.layer_scale)
+            for i in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
+        """Return the tokens after block ``layer`` (1 to depth, None for the last) and the final norm."""
+        x = self.patch_embed["proj"](images)  # (B, D, rows, columns)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).mT  # (B, N, D)
+        pos = resize_positions(self.pos_embed, self.config.grid, grid, self.config.pos_interp)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos
+        for block in self.blocks[:layer]:
+            x = block(x)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block on (B, N, width)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: bool) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend, then transform each token."""
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        mlp: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + self.ls2(mlp)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (B, N, width)."""
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one qkv matrix, fused by ``scaled_dot_product_attention``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, width) to the same shape."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, width / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
+
+
+def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, int], mode: PosInterp) -> Tensor:
+    """Resize a position embedding (1, 1 + N, D) from grid ``stored`` to grid ``wanted`` (rows, columns), bicubically.
+
+    ``2d`` resizes the grid. ``2d-dino`` does so with DINO's scale factors of (wanted + 0.1) / stored, as DPAL's teacher
+    does. ``1d`` resizes the flattened grid as one sequence: the published student was trained so, though it scrambles
+    the columns of any grid of another width; use it only with released weights (METHOD.md 2.2).
+    """
+    if stored == wanted:
+        return pos
+    width = pos.shape[-1]
+    cls, grid = pos[:, :1], pos[:, 1:].float()
+    if mode == "1d":
+        resized = F.interpolate(grid.mT[:, :, None], size=(1, math.prod(wanted)), mode="bicubic")
+    else:
+        image = grid.mT.reshape(1, width, *stored)
+        if mode == "2d":
+            resized = F.interpolate(image, size=wanted, mode="bicubic")
+        else:
+            factors = [(w + 0.1) / s for w, s in zip(wanted, stored, strict=True)]
+            resized = F.interpolate(image, scale_factor=factors, mode="bicubic")
+    return torch.cat([cls, resized.flatten(2).mT.to(pos.dtype)], dim=1)
+
+
+def init_student(vit: VisionTransformer, generator: torch.Generator, pos_init: PosInit = "trunc_normal") -> None:
+    """Initialise as DPAL does (METHOD.md 2.2): xavier-uniform linears and patch kernel, zero biases, normal class token.
+
+    ``pos_init`` is the one departure: ``uniform`` is the published U[0, 1), ``trunc_normal`` (std 0.02) has zero mean.
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+    kernel = vit.patch_embed["proj"]
+    nn.init.xavier_uniform_(kernel.weight.view(len(kernel.weight), -1), generator=generator)
+    nn.init.zeros_(kernel.bias)
+    nn.init.normal_(vit.cls_token, std=0.02, generator=generator)
+    if pos_init == "uniform":
+        nn.init.uniform_(vit.pos_embed, generator=generator)
+    else:
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02, generator=generator)

@@ -1,0 +1,67 @@
+"""Run one model file, whatever the engine."""
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from dpal_edge.errors import BackendUnavailable
+
+ENGINES = {".onnx": "onnxruntime"}  # by file suffix
+
+
+class Backend(Protocol):
+    """A loaded model. Blocking; use it from one thread at a time."""
+
+    name: str  # engine, version and device, for example "onnxruntime 1.23.0 cpu"
+    inputs: Mapping[str, tuple[int | None, ...]]  # name -> shape, None where free
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Map arrays by input name to arrays by output name.
+
+        Raises:
+            ModelFileError: the engine refuses the inputs, or the model fails on them.
+        """
+        ...
+
+
+def open_backend(path: Path, *, engine: str | None = None, device: str = "cpu", threads: int | None = None) -> Backend:
+    """Load ``path`` with the engine its suffix implies, or with ``engine``.
+
+    Args:
+        threads: CPU threads inside one operator; ``None`` is one per physical core.
+
+    Raises:
+        BackendUnavailable: the engine or the device does not exist here; nothing falls back in silence.
+        ModelFileError: the file is missing or is not a model that the engine can load.
+    """
+    known = ", ".join(sorted(set(ENGINES.values())))
+    if engine is None and path.suffix not in ENGINES:
+        raise BackendUnavailable(f"{path}: no engine for {path.suffix!r} files, expected {', '.join(ENGINES)}")
+    engine = engine or ENGINES[path.suffix]
+    if engine not in ENGINES.values():
+        raise BackendUnavailable(f"{path}: no engine {engine!r}, expected one of: {known}")
+    try:
+        module = import_module(f"dpal_edge.runtime._{engine}")
+    except ModuleNotFoundError as error:
+        raise BackendUnavailable(f"{path} needs {engine}: pip install 'dpal-edge[{engine}]'") from error
+    backend: Backend = module.load(path, device, threads or physical_cores())
+    return backend
+
+
+def physical_cores() -> int:
+    """Count the cores this process may run on, two hyper-threads as one; CPU quotas of containers are not seen.
+
+    More threads than cores slow matrix products down: hyper-threads share the multipliers.
+    """
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+    except OSError:  # some kernels and sandboxes hide the topology
+        return str(cpu)

@@ -1,0 +1,119 @@
+"""Find people in a frame."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpal_edge.errors import ConfigError
+from dpal_edge.runtime._opencv import load_opencv
+from dpal_edge.runtime.boxes import Boxes, area, intersection, iou
+
+# OpenCV's people model, in pixels: a window in which the person is 96 high. Windows are loose, so boxes are cut by a
+# share of each side; it and the values below were measured on street and indoor video.
+_WINDOW = (128, 64)  # height, width
+_PERSON_HEIGHT = 96
+_MARGIN = np.array([0.18, 0.09], np.float32)  # of the window's width, height
+_STRIDE = 8  # pixels between windows
+_PYRAMID_STEP = 1.05
+_BORDER = 0.2  # of the frame's height, replicated around it: people who touch the edge still get a whole window
+_SAME_PERSON_IOU = 0.4
+_SAME_PERSON_INSIDE = 0.6  # share of the smaller box that lies in the larger one
+_SUPPORT = 2  # windows that must agree (IoU of 0.5 or more) on a person
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """People found in one frame, best first or in any order."""
+
+    boxes: Boxes  # (n, 4) left, top, right, bottom in pixels, inside the frame or partly outside
+    scores: NDArray[np.float32]  # (n,) 0..1
+
+    def __post_init__(self) -> None:
+        if self.boxes.shape != (len(self.scores), 4) or self.scores.ndim != 1:
+            raise ValueError(f"boxes {self.boxes.shape} and scores {self.scores.shape} found, expected (n, 4) and (n,)")
+        if not np.isfinite(self.boxes).all():
+            raise ValueError("a box has a coordinate that is infinite or not a number")
+
+
+class Detector(Protocol):
+    """Anything that finds people; called with one (H, W, 3) uint8 BGR frame at a time."""
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Return the people in ``frame``."""
+        ...
+
+
+class HogDetector:
+    """OpenCV's built-in people detector: no model file, no GPU, modest accuracy.
+
+    It knows upright, fully visible people seen from about eye level. It misses people who are seen from steeply
+    above, bent, cut by the frame's edge or occluded. Time and false alarms both grow as ``min_height`` falls.
+
+    Args:
+        min_height: pixels of the smallest person to be found; the frame is scaled so that this one just fits.
+        threshold: distance from the decision border that a window needs; higher gives fewer false alarms.
+
+    Scores are ``1 - exp(-distance)``: they rank boxes, they are not probabilities.
+
+    Source: Dalal and Triggs, 2005. Differs: windows that stand alone, or that lie inside a better one, are dropped.
+    """
+
+    def __init__(self, *, min_height: int = 128, threshold: float = 0.6) -> None:
+        if min_height < 1:
+            raise ConfigError(f"min_height is {min_height}, expected 1 or more pixels")
+        cv2 = load_opencv()
+        if not hasattr(cv2, "HOGDescriptor"):
+            raise ConfigError(f"OpenCV {cv2.__version__} has no HOG people detector; pip install 'dpal-edge[camera]'")
+        self._cv2: Any = cv2
+        self._scale = _PERSON_HEIGHT / min_height
+        self._threshold = threshold
+        self._hog = cv2.HOGDescriptor()
+        self._hog.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Return the people in ``frame``, best first, clipped to the frame."""
+        windows, distances = self._windows(frame)
+        trim = _MARGIN * (windows[:, 2:] - windows[:, :2])
+        boxes = np.concatenate([windows[:, :2] + trim, windows[:, 2:] - trim], axis=1)
+        limit = np.array([frame.shape[1], frame.shape[0]] * 2, np.float32)
+        boxes = np.clip(boxes, 0, limit).astype(np.float32)
+        kept = [i for i in _one_per_person(boxes, distances) if distances[i] >= self._threshold]
+        return Detections(boxes[kept], 1 - np.exp(-distances[kept]))
+
+    def _windows(self, frame: NDArray[np.uint8]) -> tuple[Boxes, NDArray[np.float32]]:
+        """Return all windows on the person side as (n, 4) pixels of the frame, and their distances (n,)."""
+        cv2 = self._cv2
+        smooth = cv2.INTER_AREA if self._scale < 1 else cv2.INTER_LINEAR
+        height, width = (round(edge * self._scale) for edge in frame.shape[:2])
+        border = round(_BORDER * height)
+        if height + 2 * border < _WINDOW[0] or width + border // 2 * 2 < _WINDOW[1]:
+            return np.empty((0, 4), np.float32), np.empty(0, np.float32)  # OpenCV would abort the whole process
+        scaled = cv2.resize(frame, (width, height), interpolation=smooth)
+        padded = cv2.copyMakeBorder(scaled, border, border, border // 2, border // 2, cv2.BORDER_REPLICATE)
+        found, distances = self._hog.detectMultiScale(
+            padded, hitThreshold=0, winStride=(_STRIDE, _STRIDE), scale=_PYRAMID_STEP, groupThreshold=0
+        )
+        windows = np.asarray(found, np.float32).reshape(-1, 4)
+        windows[:, 2:] += windows[:, :2]
+        offset = np.array([border // 2, border] * 2, np.float32)
+        return (windows - offset) / self._scale, np.asarray(distances, np.float32).reshape(-1)
+
+
+def _one_per_person(boxes: Boxes, distances: NDArray[np.float32]) -> list[int]:
+    """Return the indices of the best window of each group, best first; groups below the support are dropped."""
+    # OpenCV's threads append windows in any order: the box breaks ties, so that results repeat.
+    order = np.lexsort((*boxes.T, -distances))
+    kept = []
+    while len(order):
+        best, candidates = order[0], boxes[order]
+        overlap = iou(boxes[[best]], candidates)[0]
+        smaller = np.minimum(area(boxes[[best]]), area(candidates))
+        inside = intersection(boxes[[best]], candidates)[0] / np.maximum(smaller, 1)
+        if (overlap >= 0.5).sum() >= _SUPPORT:
+            kept.append(int(best))
+        same = (overlap > _SAME_PERSON_IOU) | (inside > _SAME_PERSON_INSIDE)
+        same[0] = True  # also a box that clipping left without any area
+        order = order[~same]
+    return kept

@@ -1,0 +1,49 @@
+"""From a frame and boxes to the crops a model takes."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpal_edge.runtime._opencv import load_opencv
+from dpal_edge.runtime.boxes import Boxes
+
+
+def crop_people(frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Cut the boxes out of a frame and resize them, aspect ratio not kept, as person datasets do.
+
+    Edges are rounded to whole pixels and clipped to the frame: what lies outside is left out, never invented, as in
+    the crops that models are trained on. A box that keeps no pixel becomes the nearest one at the frame's edge.
+    Pixels are averaged over areas (``INTER_AREA``) where a crop has more of them than the output, else interpolated
+    linearly.
+
+    Args:
+        frame: (H, W, 3) BGR.
+        boxes: (n, 4) left, top, right, bottom in pixels.
+        size: height, width of the output.
+
+    Returns:
+        (n, height, width, 3) RGB; n may be 0.
+    """
+    height, width = size
+    crops = np.empty((len(boxes), height, width, 3), np.uint8)
+    if not len(boxes):
+        return crops
+    cv2 = load_opencv()
+    for crop, (left, top, right, bottom) in zip(crops, pixel_boxes(boxes, frame.shape), strict=True):
+        region = frame[top:bottom, left:right]
+        shrinks = region.shape[0] * region.shape[1] > height * width
+        resized = cv2.resize(region, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=crop)  # writes straight into the batch
+    return crops
+
+
+def pixel_boxes(boxes: Boxes, frame_shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Round boxes to whole pixels inside a frame of shape (H, W, ...); each keeps at least one pixel.
+
+    Returns:
+        (n, 4) left, top, right, bottom; right and bottom exclusive.
+    """
+    limit = np.array([frame_shape[1], frame_shape[0]])
+    edges = np.rint(boxes).astype(np.int64)
+    low = np.clip(edges[:, :2], 0, limit - 1)
+    high = np.clip(edges[:, 2:], low + 1, limit)
+    return np.concatenate([low, high], axis=1)

@@ -1,0 +1,407 @@
+"""A run folder: settings, passport, metrics and checkpoints; start, stop and resume."""
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dpal_edge import __version__
+from dpal_edge.errors import ConfigError, DataError, ModelFileError
+from dpal_edge.files import find_images, write_text
+from dpal_edge.models.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, check_features, load_teacher, passport_fields
+from dpal_edge.train.config import TrainConfig
+from dpal_edge.train.data import PersonBatches, split_validation
+from dpal_edge.train.loop import State, TimedLoader, build_state, choose_device, learning_rate, to_images, train, validate
+
+MAY_CHANGE = frozenset({"steps", "workers", "device", "log_every", "save_every", "keep"})  # between start and resume
+_CALLS = ("global", "local", "relation")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one logging interval measured: a line of ``metrics.jsonl``."""
+
+    step: int  # updates done
+    images_per_s: float
+    data_wait: float  # share of the interval spent waiting for data, 0..1
+    lr: float
+    values: dict[str, float]  # means over the interval: loss terms, gradient norm, usage/<call>/<expert>
+
+
+@dataclass
+class Summary:
+    """How a run ended."""
+
+    checkpoint: Path
+    step: int
+    interrupted: bool
+    seconds: float  # in the loop, this session
+    images_per_s: float
+    data_wait: float  # share of the loop's time, 0..1
+    last: Record | None
+    validation: dict[str, float]  # loss of backbone and ema on held-out images; empty without any
+    skipped: dict[str, str] = field(default_factory=dict)  # unreadable files and why
+
+
+class Watcher:
+    """Told how a run goes; this one says nothing."""
+
+    def started(self, facts: dict[str, Any]) -> None:
+        """Receive what will be trained on what, before the first update."""
+
+    def updated(self, step: int) -> None:
+        """Receive the number of updates done."""
+
+    def recorded(self, record: Record) -> None:
+        """Receive each logging interval."""
+
+
+def run_training(config: TrainConfig, run: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Summary:
+    """Distil ``config.teacher`` into ``config.student`` in the run folder ``run``.
+
+    Writes ``config.json``, ``teacher.json`` (the passport), ``metrics.jsonl``, TensorBoard events,
+    ``checkpoints/step-N.safetensors``, and ``skipped.jsonl`` if files were unreadable. Ctrl-C and SIGTERM finish the
+    update in hand, save, and return.
+
+    Args:
+        config: the settings; on resume only those in MAY_CHANGE may differ from the run's.
+        run: the run folder; it must not hold a run yet unless ``resume``.
+        resume: go on from the newest checkpoint; on a CPU the weights become bit-equal to those of a run that was never
+            interrupted.
+        watcher: told how it goes.
+
+    Raises:
+        ConfigError, DataError, ModelFileError: before anything is written, or with the last checkpoint intact.
+    """
+    watcher = watcher or Watcher()
+    saved = _checkpoint_to_resume(run, config) if resume else _refuse_used(run)
+    found = find_images(config.data)
+    train_paths, validation_paths = split_validation(found.paths, config.validation_images, config.seed)
+    device, precision = choose_device(config)
+    teacher = load_teacher(config.teacher, layer=config.teacher_layer, heads=config.teacher_heads)
+    teacher.to(device)
+    state = build_state(config, teacher, device, precision)
+    probe = to_images(PersonBatches(train_paths, config, batch=min(8, len(train_paths)))[0], device)
+    passport = {**passport_fields(teacher.passport), "feature_check": check_features(teacher, probe.base)}
+    if saved is not None:
+        _restore(state, saved, passport)
+    watcher.started(_facts(state, passport, len(train_paths), len(validation_paths), found.ignored, config))
+
+    write_text(run / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    write_text(run / "teacher.json", json.dumps(passport, indent=2) + "\n")
+    validation = PersonBatches(validation_paths, config) if validation_paths else None
+    saver = _Saver(run, config, passport, validation)
+    return _follow(state, PersonBatches(train_paths, config), saver, watcher)
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """Return the settings that the run in folder ``run`` was started with.
+
+    Raises:
+        ModelFileError: there is no such run.
+    """
+    try:
+        return dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{run}: no run to resume (its config.json cannot be read); start without --resume") from error
+
+
+def _follow(state: State, batches: PersonBatches, saver: "_Saver", watcher: Watcher) -> Summary:
+    """Run the loop to its end or to a stop signal, writing metrics and checkpoints."""
+    config = saver.config
+    workers = _workers(config, state.device)
+    loader = TimedLoader(batches, range(state.step, config.steps), workers=workers, device=state.device)
+    skipped: dict[str, str] = {}
+    started, first_step = time.perf_counter(), state.step
+    with _stop_signals() as stopped, _Metrics(saver.run, state.step, config, loader) as metrics:
+        for batch, values in train(state, loader, config):
+            skipped.update(batch.skipped)
+            watcher.updated(state.step)
+            if record := metrics.add(state.step, values):
+                watcher.recorded(record)
+            if stopped:
+                break
+            if state.step % config.save_every == 0 and state.step < config.steps:
+                saver.save(state)
+        seconds = time.perf_counter() - started
+        checkpoint = saver.save(state)
+    if skipped:
+        lines = [json.dumps({"file": file, "reason": reason}) for file, reason in sorted(skipped.items())]
+        write_text(saver.run / "skipped.jsonl", "\n".join(lines) + "\n")
+    return Summary(
+        checkpoint=checkpoint,
+        step=state.step,
+        interrupted=state.step < config.steps,
+        seconds=seconds,
+        images_per_s=(state.step - first_step) * config.batch / seconds,
+        data_wait=loader.waited_s / seconds,
+        last=metrics.last,
+        validation=saver.losses,
+        skipped=skipped,
+    )
+
+
+class _Saver:
+    """Write checkpoints into a run folder, newest ``keep`` kept, and say which weights of the last are best."""
+
+    def __init__(
+        self, run: Path, config: TrainConfig, passport: dict[str, Any], validation: PersonBatches | None
+    ) -> None:
+        self.run, self.config, self.passport, self.validation = run, config, passport, validation
+        self.losses: dict[str, float] = {}
+
+    def save(self, state: State) -> Path:
+        """Validate, write ``step-N.safetensors`` unless it is there, drop old ones, and return its path."""
+        path = self.run / CHECKPOINTS / f"step-{state.step:08d}.safetensors"
+        if path.exists():
+            return path  # resumed at the very end: nothing has changed since
+        if self.validation is not None:
+            count = -(-len(self.validation.paths) // self.config.batch)
+            self.losses = validate(state, self.validation, count)
+        try:
+            write_checkpoint(path, state_tensors(state), self._metadata(state))
+        except DataError as error:
+            older = list_checkpoints(self.run)
+            rest = f"{older[-1]} is intact, --resume goes on from there" if older else "no earlier checkpoint exists"
+            raise DataError(f"{error}; {rest}") from error
+        for old in list_checkpoints(self.run)[: -self.config.keep]:
+            old.unlink()
+        return path
+
+    def _metadata(self, state: State) -> dict[str, Any]:
+        best = min(self.losses, key=self.losses.__getitem__, default="backbone")
+        return {
+            "student": self.config.student,
+            "architecture": state.method.backbone.config.to_dict(),
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "step": state.step,
+            "best": best,
+            "validation": self.losses,
+            "config": self.config.to_dict(),
+            "teacher": self.passport,
+            "scaler": state.scaler.state_dict(),
+            "written": {
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "dpal_edge": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": str(state.device),
+                "precision": state.precision,
+            },
+        }
+
+
+class _Metrics:
+    """Average what the loop yields over each logging interval; write ``metrics.jsonl`` and TensorBoard events."""
+
+    def __init__(self, run: Path, step: int, config: TrainConfig, loader: TimedLoader) -> None:
+        self.last: Record | None = None
+        self._config, self._loader = config, loader
+        path = run / "metrics.jsonl"
+        if path.exists():  # drop what came after the checkpoint that training goes on from
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+            write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(run / "tensorboard", purge_step=step)
+        self._sums: dict[str, Tensor] = {}
+        self._first_step, self._start, self._waited = step, time.perf_counter(), loader.waited_s
+
+    def __enter__(self) -> "_Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def add(self, step: int, values: dict[str, Tensor]) -> Record | None:
+        """Take the values of update ``step``; at the end of an interval write and return its record.
+
+        Raises:
+            DataError: the loss is not finite. It is looked at here only, so that other updates need no sync.
+        """
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if step % self._config.log_every and step < self._config.steps:
+            return None
+        updates, now = step - self._first_step, time.perf_counter()
+        seconds = now - self._start
+        record = Record(
+            step=step,
+            images_per_s=updates * self._config.batch / seconds,
+            data_wait=(self._loader.waited_s - self._waited) / seconds,
+            lr=learning_rate(step - 1, self._config),
+            values={name: value for name, value in _flatten(self._sums, updates)},
+        )
+        if not all(map(_is_finite, record.values.values())):
+            raise DataError(
+                f"the loss is not finite at update {step} ({record.values}); the last checkpoint is intact: "
+                f"resume with a smaller base_lr, or with precision=float32"
+            )
+        self._write(record)
+        self._sums, self._first_step, self._start, self._waited = {}, step, now, self._loader.waited_s
+        return record
+
+    def _write(self, record: Record) -> None:
+        self.last = record
+        numbers = {"images_per_s": record.images_per_s, "data_wait": record.data_wait, "lr": record.lr, **record.values}
+        self._file.write(json.dumps({"step": record.step, **numbers}) + "\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, record.step)
+
+
+def state_tensors(state: State) -> dict[str, Tensor]:
+    """Return every tensor that an update changes, by the names of a checkpoint."""
+    tensors = state.method.student_state()
+    tensors |= {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
+    for name, parameter in state.method.named_parameters():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _restore(state: State, saved: Checkpoint, passport: dict[str, Any]) -> None:
+    """Put ``state`` back to where ``saved`` was written.
+
+    Raises:
+        ModelFileError: the teacher is another one than the run began with.
+    """
+    before = saved.metadata["teacher"]
+    if before["sha256"] != passport["sha256"]:
+        raise ModelFileError(
+            f"the teacher {passport['spec']} has changed since the run began (sha256 {passport['sha256']}, was "
+            f"{before['sha256']}); put the old file back, or start a new run"
+        )
+    state.method.load_state_dict(
+        {k: v for k, v in saved.tensors.items() if not k.startswith(("ema.", "optimizer."))}, strict=False
+    )
+    state.ema.load_state_dict(saved.part("ema"))
+    moments = saved.part("optimizer")
+    for name, parameter in state.method.named_parameters():
+        if parameter.requires_grad:
+            found = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            state.optimizer.state[parameter] = {
+                key: value.to(state.device) if key != "step" else value.to(parameter.device)
+                for key, value in found.items()
+            }
+    state.scaler.load_state_dict(saved.metadata["scaler"])
+    state.step = saved.metadata["step"]
+
+
+def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint:
+    """Read the newest checkpoint of ``run``.
+
+    Raises:
+        ModelFileError: none is there, or it is damaged; then the newest intact one before it is named.
+        ConfigError: the run was started with other settings, or is finished.
+    """
+    path = newest_checkpoint(run)
+    try:
+        saved = read_checkpoint(path)
+    except ModelFileError as error:
+        raise ModelFileError(f"{error}; {_offer_previous(run, path)}") from error
+    before = saved.metadata["config"]
+    changed = [k for k, v in config.to_dict().items() if v != before.get(k) and k not in MAY_CHANGE]
+    if changed:
+        was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
+        raise ConfigError(f"{run}: cannot resume with other settings; the run has {was}; start a new run for others")
+    if saved.metadata["step"] >= config.steps:
+        raise ConfigError(f"{run}: all {config.steps} updates are done; to train longer give more --steps with --resume")
+    return saved
+
+
+def _offer_previous(run: Path, damaged: Path) -> str:
+    for path in reversed(list_checkpoints(run)):
+        if path == damaged:
+            continue
+        try:
+            read_checkpoint(path)
+        except ModelFileError:
+            continue
+        return f"the previous one, {path.name}, is intact: remove {damaged.name}, and --resume goes on from there"
+    return "no earlier checkpoint is intact: start a new run"
+
+
+def _refuse_used(run: Path) -> None:
+    if list_checkpoints(run) or (run / "metrics.jsonl").exists():
+        raise ConfigError(f"{run}: already holds a run; go on with it by --resume, or choose another --out")
+
+
+def _facts(
+    state: State, passport: dict[str, Any], images: int, validation: int, ignored: tuple[Path, ...], config: TrainConfig
+) -> dict[str, Any]:
+    count = {name: sum(p.numel() for p in getattr(state.method, name).parameters()) for name in ("backbone", "decoder")}
+    return {
+        "student": config.student,
+        "parameters": {**count, "teacher": passport["parameters"]},
+        "teacher": passport,
+        "images": images,
+        "validation_images": validation,
+        "ignored": [str(path) for path in ignored],
+        "device": str(state.device),
+        "precision": state.precision,
+        "from_step": state.step,
+        "steps": config.steps,
+        "batch": config.batch,
+    }
+
+
+def _workers(config: TrainConfig, device: torch.device) -> int:
+    """Leave a CPU's cores to the computation; feed a GPU with up to 16 processes."""
+    if config.workers is not None:
+        return config.workers
+    return 1 if device.type == "cpu" else min(16, os.cpu_count() or 1)
+
+
+def _flatten(sums: dict[str, Tensor], updates: int) -> Iterator[tuple[str, float]]:
+    """Turn sums over ``updates`` into named means; the only place where the loop waits for the device."""
+    for name, value in sums.items():
+        mean = (value.float() / updates).tolist()
+        if name == "usage":
+            for call, row in zip(_CALLS, mean, strict=True):
+                yield from ((f"usage/{call}/{i}", share) for i, share in enumerate(row))
+        else:
+            yield name, mean
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that a first SIGINT or SIGTERM fills; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

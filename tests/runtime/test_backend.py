@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from tiny_bundle import SIZE, reference, write_model
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime import open_backend
+from dpal_edge.runtime.backend import physical_cores
+
+
+@pytest.fixture
+def model(tmp_path):
+    pytest.importorskip("onnxruntime")
+    return write_model(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_backend_matches_numpy(model, count):
+    crops = np.random.default_rng(1).integers(0, 256, (count, *SIZE, 3), np.uint8)
+    backend = open_backend(model)
+    assert backend.inputs == {"images": (None, *SIZE, 3)}
+    np.testing.assert_allclose(backend.run({"images": crops})["embedding"], reference(crops), rtol=1e-5, atol=1e-6)
+
+
+def test_backend_is_named_and_pinned_to_the_cpu(model):
+    import onnxruntime
+
+    backend = open_backend(model, threads=1)
+    assert backend.name == f"onnxruntime {onnxruntime.__version__} cpu"
+    assert backend._session.get_providers() == ["CPUExecutionProvider"]
+    assert backend._session.get_session_options().intra_op_num_threads == 1
+
+
+def test_a_device_that_is_absent_is_refused(model):
+    with pytest.raises(BackendUnavailable, match=r"no device 'npu', expected one of: cpu"):
+        open_backend(model, device="npu")
+
+
+def test_a_silent_fallback_is_refused(model, monkeypatch):
+    from dpal_edge.runtime import _onnxruntime
+
+    # What a CUDA build does without a driver: it lists the provider, warns, and opens the session on the CPU.
+    monkeypatch.setitem(_onnxruntime._PROVIDERS, "cuda", "AzureExecutionProvider")
+    available = _onnxruntime.ort.get_available_providers()
+    if "AzureExecutionProvider" not in available:
+        pytest.skip("this onnxruntime lists no second provider")
+    monkeypatch.setattr(_onnxruntime.ort.InferenceSession, "get_providers", lambda self: ["CPUExecutionProvider"])
+    with pytest.raises(BackendUnavailable, match="fell back from AzureExecutionProvider to CPUExecutionProvider"):
+        open_backend(model, device="cuda")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_a_damaged_model_is_one_line(model, content):
+    model.write_bytes(model.read_bytes()[:200] if content is None else content)
+    with pytest.raises(ModelFileError, match=r"model\.onnx: onnxruntime .* cannot load it") as caught:
+        open_backend(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_model(tmp_path):
+    with pytest.raises(ModelFileError, match=r"absent\.onnx: onnxruntime .* cannot load it"):
+        open_backend(tmp_path / "absent.onnx")
+
+
+@pytest.mark.parametrize(
+    "feeds", [{}, {"images": np.zeros((1, *SIZE, 3), np.float32)}, {"images": np.zeros((1, 2, 2, 3), np.uint8)}]
+)
+def test_inputs_that_do_not_fit(model, feeds):
+    with pytest.raises(ModelFileError, match="cannot run the model on these inputs"):
+        open_backend(model).run(feeds)
+
+
+def test_unknown_engines_and_suffixes(tmp_path):
+    with pytest.raises(BackendUnavailable, match=r"no engine for '\.pt' files, expected \.onnx"):
+        open_backend(tmp_path / "model.pt")
+    with pytest.raises(BackendUnavailable, match="no engine 'torch', expected one of: onnxruntime"):
+        open_backend(tmp_path / "model.onnx", engine="torch")
+
+
+def test_physical_cores_counts_at_least_one():
+    assert physical_cores() >= 1

@@ -1,0 +1,143 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bundle import SIZE, ColourDetector, people_frame, reference, write_bundle
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime import Pipeline
+
+pytest.importorskip("cv2")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def pipeline(bundle):
+    with Pipeline.open(bundle, detector=ColourDetector()) as opened:
+        yield opened
+
+
+def test_people_of_a_frame(pipeline):
+    red, green = pipeline(people_frame({"r": (10, 20), "g": (100, 50)}))
+    assert red.box == (10, 20, 22, 50)
+    assert green.box == (100, 50, 112, 80)
+    assert (red.score, red.track_id, green.track_id) == (0.75, 1, 2)
+    colours = np.broadcast_to(np.array([[255, 0, 0], [0, 255, 0]], np.uint8)[:, None, None], (2, *SIZE, 3))
+    expected = reference(colours)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose([red.embedding, green.embedding], expected, rtol=1e-5)
+    assert pipeline.timing_ms.keys() == {"detect", "embed", "track"}
+
+
+def test_tracks_follow_people_who_cross(pipeline):
+    for step in range(0, 100, 4):
+        red, green = pipeline(people_frame({"r": (10 + step, 20), "g": (120 - step, 22)}))
+        assert (red.track_id, green.track_id) == (1, 2)
+
+
+def test_an_empty_frame_has_nobody(pipeline):
+    assert pipeline(people_frame({})) == []
+
+
+def test_without_tracker_or_embedding(tmp_path):
+    bundle = write_bundle(tmp_path / "pose", task="pose")
+    with Pipeline.open(bundle, detector=ColourDetector(), tracker=False) as pipeline:
+        (person,) = pipeline(people_frame({"b": (10, 20)}))
+        assert person.track_id is None
+        assert person.embedding is None
+        with pytest.raises(ModelFileError, match="no embedding head, only: pose"):
+            pipeline.embed(np.zeros((1, *SIZE, 3), np.uint8))
+
+
+def test_a_person_as_json(pipeline):
+    (person,) = pipeline(people_frame({"r": (10, 20)}))
+    assert json.loads(json.dumps(person.to_dict())) == {"box": [10, 20, 22, 50], "score": 0.75, "track_id": 1}
+    np.testing.assert_allclose(person.to_dict(embedding=True)["embedding"], person.embedding, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 70])
+def test_embed_splits_batches(pipeline, count):
+    crops = np.random.default_rng(0).integers(0, 256, (count, *SIZE, 3), np.uint8)
+    expected = reference(crops)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(pipeline.embed(crops), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frame", "error", "text"),
+    [
+        (None, TypeError, r"frame is NoneType, expected a numpy array \(H, W, 3\)"),
+        (np.zeros((4, 4, 3)), TypeError, "frame holds float64, expected uint8"),
+        (np.zeros((4, 4), np.uint8), ValueError, r"frame has shape \(4, 4\), expected \(H, W, 3\)"),
+        (np.zeros((4, 4, 4), np.uint8), ValueError, r"frame has shape \(4, 4, 4\)"),
+        (np.zeros((4, 0, 3), np.uint8), ValueError, r"frame has shape \(4, 0, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"frame has shape \(0, 4, 3\)"),
+    ],
+)
+def test_bad_frames(pipeline, frame, error, text):
+    with pytest.raises(error, match=text):
+        pipeline(frame)
+
+
+def test_bad_crops(pipeline):
+    with pytest.raises(ValueError, match=r"crops has shape \(1, 4, 4, 3\), expected \(n, 16, 8, 3\)"):
+        pipeline.embed(np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_a_closed_pipeline_says_so(pipeline):
+    pipeline.close()
+    with pytest.raises(ValueError, match="the pipeline is closed"):
+        pipeline.embed(np.zeros((1, *SIZE, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "text"),
+    [
+        ({"size": (32, 16)}, r"the model takes .*16, 8.* its manifest says .*32, 16"),
+        ({"name": "pixels"}, r"the model takes .*images.* its manifest says .*pixels"),
+        ({"shape": (7,)}, r"the model gives \(1, 5\) as 'embedding', its manifest says \(1, 7\)"),
+    ],
+)
+def test_a_model_that_breaks_its_manifest(tmp_path, manifest, text):
+    with pytest.raises(ModelFileError, match=text):
+        Pipeline.open(write_bundle(tmp_path / "bundle", **manifest), detector=ColourDetector())
+
+
+def test_a_changed_model_is_refused(bundle):
+    with (bundle / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ModelFileError, match=r"model\.onnx: damaged or replaced"):
+        Pipeline.open(bundle, detector=ColourDetector())
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    with pytest.raises(ModelFileError, match="not a bundle"):
+        Pipeline.open(tmp_path)
+
+
+def test_no_engine_for_any_artifact(tmp_path):
+    bundle = write_bundle(tmp_path / "other", target="model.plan")
+    with pytest.raises(BackendUnavailable, match="holds onnx, which no engine here can run; engines here: onnxruntime"):
+        Pipeline.open(bundle, detector=ColourDetector())
+
+
+def test_embedding_needs_no_opencv(bundle):
+    code = f"""
+import sys
+sys.modules["cv2"] = None  # as if it were not installed
+import numpy as np
+from dpal_edge.errors import BackendUnavailable
+from dpal_edge.runtime import HogDetector, Pipeline
+pipeline = Pipeline.open({str(bundle)!r}, detector=lambda frame: None)
+assert pipeline.embed(np.zeros((2, 16, 8, 3), np.uint8)).shape == (2, 5)
+try:
+    HogDetector()
+except BackendUnavailable as error:
+    assert "dpal-edge[camera]" in str(error) and "--system-site-packages" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,174 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_bundle import ColourDetector, people_frame
+
+from dpal_edge.cli import main
+from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.runtime import Person, Pipeline, Video, run_video
+from dpal_edge.runtime.annotate import draw, track_color
+
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def pipeline(bundle):
+    with Pipeline.open(bundle, detector=ColourDetector()) as opened:
+        yield opened
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi"])
+def test_run_writes_a_playable_video_and_lines(pipeline, clip, tmp_path, suffix):
+    out, jsonl, seen = tmp_path / f"out{suffix}", tmp_path / "out.jsonl", []
+    with Video(clip(12)) as video:
+        assert (video.size, video.fps, video.declared_frames) == ((96, 160), 5.0, 12)
+        summary = run_video(pipeline, video, out=out, jsonl=jsonl, progress=seen.append)
+    assert (summary.frames, summary.persons, summary.tracks) == (12, 24, 2)
+    assert (summary.missing_frames, summary.interrupted, sum(seen)) == (0, False, 12)
+    assert summary.latency_ms.keys() == {"detect", "embed", "track"}
+    with Video(out) as written:
+        assert (len(list(written)), written.size, written.fps) == (12, (96, 160), 5.0)
+    lines = lines_of(jsonl)
+    assert [line["frame"] for line in lines] == list(range(12))
+    assert lines[3]["time_s"] == 0.6
+    assert [person["track_id"] for person in lines[11]["persons"]] == [1, 2]
+    assert "embedding" not in lines[0]["persons"][0]
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_embeddings_and_limit(pipeline, clip, tmp_path):
+    with Video(clip(6)) as video:
+        summary = run_video(pipeline, video, jsonl=tmp_path / "out.jsonl", embeddings=True, limit=2)
+    assert (summary.frames, summary.missing_frames) == (2, 0)
+    assert len(lines_of(tmp_path / "out.jsonl")[1]["persons"][0]["embedding"]) == 5
+
+
+class _Impatient(ColourDetector):
+    """A user who presses Ctrl-C while the fourth frame is being processed."""
+
+    calls = 0
+
+    def __call__(self, frame):
+        _Impatient.calls += 1
+        if _Impatient.calls == 4:
+            raise KeyboardInterrupt
+        return super().__call__(frame)
+
+
+def test_ctrl_c_keeps_what_was_done(bundle, clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(_Impatient, "calls", 0)
+    out, jsonl = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    with Video(clip(8)) as video, Pipeline.open(bundle, detector=_Impatient()) as pipeline:
+        summary = run_video(pipeline, video, out=out, jsonl=jsonl)
+    assert (summary.frames, summary.interrupted, summary.missing_frames) == (3, True, 0)
+    with Video(out) as written:
+        assert len(list(written)) == 3
+    assert len(lines_of(jsonl)) == 3
+
+
+def test_a_failure_leaves_no_output(bundle, clip, tmp_path):
+    def broken(frame):
+        raise ValueError("broken detector")
+
+    out, jsonl = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    pipeline = Pipeline.open(bundle, detector=broken)
+    with Video(clip(3)) as video, pytest.raises(ValueError, match="broken detector"):
+        run_video(pipeline, video, out=out, jsonl=jsonl)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "clip.avi"]
+
+
+def test_a_truncated_video_ends_with_a_count(pipeline, clip):
+    path = clip(20)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with Video(path) as video:
+        declared = video.declared_frames
+        summary = run_video(pipeline, video)
+    assert 0 < summary.frames < 20
+    assert summary.frames + summary.missing_frames == (declared or summary.frames)
+
+
+def test_sources_that_are_no_video(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.mp4: no such file, expected a video"):
+        Video(tmp_path / "absent.mp4")
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(DataError, match=r"text\.mp4: not a video that OpenCV can decode"):
+        Video(tmp_path / "text.mp4")
+
+
+def test_outputs_that_cannot_be(pipeline, clip, tmp_path):
+    path = clip(2)
+    with Video(path) as video:
+        with pytest.raises(ConfigError, match=r"cannot write '\.gif' video, expected one of: \.mp4, \.webm, \.avi"):
+            run_video(pipeline, video, out=tmp_path / "out.gif")
+        with pytest.raises(ConfigError, match=r"clip\.avi: is the source itself"):
+            run_video(pipeline, video, out=path)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(DataError, match="cannot be written"):
+            run_video(pipeline, video, jsonl=tmp_path / "file" / "out.jsonl")
+
+
+def test_drawing_marks_people_and_leaves_the_frame_alone():
+    frame = people_frame({"r": (40, 40)}, size=(432, 768))
+    before = frame.copy()
+    person = Person((40.0, 40.0, 52.0, 70.0), 0.87, 3, None)
+    drawn = draw(frame, [person])
+    np.testing.assert_array_equal(frame, before)
+    assert tuple(drawn[60, 40]) == track_color(3)
+    assert draw(frame, []).tolist() == frame.tolist()
+    outside = Person((-50.0, -50.0, -40.0, -10.0), 0.5, None, None)
+    assert draw(frame, [outside]).shape == frame.shape
+    assert len({track_color(i) for i in range(1, 20)}) == 19
+
+
+def run_cli(*arguments):
+    return CliRunner().invoke(main, ["run", *map(str, arguments)])
+
+
+def test_cli_run(bundle, clip, tmp_path):
+    jsonl = tmp_path / "out.jsonl"
+    result = run_cli(bundle, "--source", clip(6), "--jsonl", jsonl, "--frames", 3, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["frames"] == 3
+    assert "done: 3 frames" in result.stderr
+    assert len(lines_of(jsonl)) == 3
+
+
+def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
+    monkeypatch.setattr(_Impatient, "calls", 0)
+    monkeypatch.setattr("dpal_edge.runtime.HogDetector", lambda min_height: _Impatient())
+    result = run_cli(bundle, "--source", clip(8))
+    assert result.exit_code == 130
+    assert "interrupted after 3 frames" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--source", "absent.mp4"], "absent.mp4: no such file, expected a video"),
+        (["--engine", "tensorrt"], "holds onnx, which tensorrt cannot run; engines here: onnxruntime"),
+        (["--min-height", "0"], "min_height is 0, expected 1 or more pixels"),
+        (["--out", "x.gif"], "cannot write '.gif' video"),
+    ],
+)
+def test_cli_run_errors_are_one_line(bundle, clip, arguments, text):
+    result = run_cli(bundle, "--source", clip(1), *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert text in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_summary_is_json(pipeline, clip):
+    with Video(clip(1)) as video:
+        summary = run_video(pipeline, video)
+    assert json.loads(json.dumps(dataclasses.asdict(summary)))["latency_ms"]["embed"]["p95"] >= 0
