@@ -20,15 +20,19 @@ from dpal_edge.errors import BackendUnavailable, DpalEdgeError
 
 
 class _Group(click.Group):
-    """Show a DpalEdgeError as one line, with the exit code of its class."""
+    """Show what a user can cause as one line; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except DpalEdgeError as error:
-            shown = click.ClickException(str(error))
-            shown.exit_code = error.exit_code
-            raise shown from error
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:  # a full disk or a folder without permission, wherever it strikes
+            if error.filename is None and error.strerror is None:
+                raise
+            click.echo(f"Error: {error.filename or 'the system'}: {error.strerror}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -48,6 +52,7 @@ def _load(module: str, extra: str) -> ModuleType:
         raise BackendUnavailable(
             f"this command needs {error.name}, which is not installed; pip install 'dpal-edge[{extra}]'"
         ) from error
+
 
 @main.command()
 @click.option("--teacher", help="timm:NAME, timm:NAME@FILE, or FILE (a ViT as .pth or .safetensors).")
@@ -73,7 +78,9 @@ def train(run: Path, resume: bool, **options: Any) -> None:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True, required=True, type=click.Choice(["onnx"]), help="What to write.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--calibration", multiple=True, metavar="DIR", help="Real crops to verify on; default: the training data.")
+@click.option(
+    "--calibration", multiple=True, metavar="DIR", help="Real crops to verify on; default: the training data."
+)
 @click.option("--size", nargs=2, type=int, metavar="H W", help="Input size in pixels; default: the checkpoint's.")
 @click.option("--weights", type=click.Choice(["best", "backbone", "ema"]), default="best", show_default=True)
 @click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Greatest error, of the largest output.")
@@ -146,3 +153,15 @@ def _progress(total: int | None) -> Iterator[Callable[[int], object]]:
         return
     with click.progressbar(length=total, file=sys.stderr) as bar:
         yield bar.update
+
+
+@main.command()
+@click.option(
+    "--out", default="demo_output", show_default=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+@click.option("--updates", default=150, show_default=True, type=click.IntRange(min=2), help="Length of the training.")
+def demo(out: Path, updates: int) -> None:
+    """Distil, export, verify and run a student on two clips of real people; ends with a page that shows it."""
+    steps = _load("dpal_edge.demo.steps", "demo")
+    page = steps.run_demo(out, updates=updates, say=lambda text: click.echo(text, err=True))
+    click.echo(f"open this page in a browser: {page.resolve()}")

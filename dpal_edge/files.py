@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dpal_edge.errors import DataError
 
-
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
 

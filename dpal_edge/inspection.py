@@ -31,8 +31,12 @@ def describe(path: Path) -> dict[str, Any]:
         return _onnx(path)
     if path.is_file() and path.suffix in _WEIGHTS:
         return _weights(path)
-    what = "is neither a bundle nor a run folder" if path.is_dir() else "is not known" if path.exists() else "is missing"
-    raise DataError(f"{path}: {what}; expected a bundle, a run folder, an .onnx file, or weights ({', '.join(_WEIGHTS)})")
+    what = (
+        "is neither a bundle nor a run folder" if path.is_dir() else "is not known" if path.exists() else "is missing"
+    )
+    raise DataError(
+        f"{path}: {what}; expected a bundle, a run folder, an .onnx file, or weights ({', '.join(_WEIGHTS)})"
+    )
 
 
 def as_text(description: dict[str, Any], indent: int = 0) -> str:
@@ -44,7 +48,7 @@ def as_text(description: dict[str, Any], indent: int = 0) -> str:
             lines += [f"{' ' * indent}{key}", as_text(value, indent + 2)]
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            lines.append(f"{' ' * indent}{str(key):{width}}  {f'{shown:,}' if type(shown) is int else shown}")
+            lines.append(f"{' ' * indent}{key!s:{width}}  {f'{shown:,}' if type(shown) is int else shown}")
     return "\n".join(lines)
 
 
@@ -109,7 +113,12 @@ def _onnx(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, ValueError, struct.error, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
+    except (
+        onnx.checker.ValidationError,
+        ValueError,
+        struct.error,
+        onnx.onnx_cpp2py_export.checker.ValidationError,
+    ) as error:
         raise ModelFileError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0]})") from error
     kinds = onnx.TensorProto.DataType
 

@@ -1,7 +1,7 @@
 """The contract of a bundle: what goes in, what comes out, which files, and what was proven about them.
 
-A bundle is a folder with ``manifest.json``, the artifacts it names and ``golden.npz``. Export writes it; install, verify,
-run and profile read it, on machines that know nothing of how it was trained.
+A bundle is a folder with ``manifest.json``, the artifacts it names and ``golden.npz``. Export writes it; install,
+verify, run and profile read it, on machines that know nothing of how it was trained.
 """
 
 import dataclasses

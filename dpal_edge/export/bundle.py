@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,8 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
         stripped = prove_stripped(file, backbone, metadata["parameters"])
         parity = check_parity(file, crops, reference, settings.tolerance)
         golden = draft / "golden.npz"
-        np.savez_compressed(golden, images=crops[:GOLDEN_IMAGES], **{_HEAD: reference[:GOLDEN_IMAGES]})
+        arrays: dict[str, Any] = {"images": crops[:GOLDEN_IMAGES], _HEAD: reference[:GOLDEN_IMAGES]}
+        np.savez_compressed(golden, **arrays)
         manifest = Manifest(
             model=metadata["student"],
             input=InputSpec(name=INPUT_NAME, size=size, mean=tuple(metadata["mean"]), std=tuple(metadata["std"])),
@@ -107,7 +109,7 @@ def describe(manifest: Manifest, out: Path) -> str:
 
 
 def read_crops(folders: tuple[str, ...], size: tuple[int, int], count: int) -> Crops:
-    """Read ``count`` crops spread evenly over ``folders``, resized (bicubic) to ``size``; unreadable files are passed over.
+    """Read ``count`` crops spread evenly over ``folders``, resized (bicubic) to ``size``; pass over unreadable files.
 
     Raises:
         DataError: no folder, or fewer than two readable images: a graph is not compared on invented input.
@@ -117,11 +119,11 @@ def read_crops(folders: tuple[str, ...], size: tuple[int, int], count: int) -> C
     paths = find_images(folders).paths
     order = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
     crops = []
-    for path in [*order, *(set(paths) - set(order) if len(order) < len(paths) else ())]:
+    for path in dict.fromkeys([*order, *paths]):  # the others stand in for those that cannot be read
         try:
             with Image.open(path) as image:
                 crops.append(np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)))
-        except (OSError, SyntaxError, ValueError):
+        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
             continue
         if len(crops) == count:
             break
@@ -137,7 +139,7 @@ def torch_outputs(
     """Return the embeddings (n, width) of uint8 ``crops`` by the unexported model in float32."""
     images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
     images = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    tokens = torch.cat([backbone(chunk) for chunk in images.split(8)])
+    tokens = torch.cat([backbone(chunk) for chunk in torch.split(images, 8)])
     embeddings: NDArray[np.float32] = tokens[:, 0].numpy()
     return embeddings
 
@@ -186,8 +188,8 @@ def check_parity(file: Path, crops: Crops, reference: NDArray[np.float32], toler
     )
     if not parity.max_rel_error <= tolerance:  # also when it is not a number
         raise ParityError(
-            f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output on {len(crops)} crops, "
-            f"tolerance {tolerance:.0e} ({backend.name}); nothing was written"
+            f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output "
+            f"on {len(crops)} crops, tolerance {tolerance:.0e} ({backend.name}); nothing was written"
         )
     return parity
 

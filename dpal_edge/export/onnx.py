@@ -28,7 +28,7 @@ class ExportedModel(nn.Module):
         config = backbone.config
         self.patch = config.patch_size
         self.grid = (size[0] // self.patch, size[1] // self.patch)
-        kernel, bias = backbone.patch_embed["proj"].weight.detach(), backbone.patch_embed["proj"].bias.detach()
+        kernel, bias = (backbone.get_parameter(f"patch_embed.proj.{name}").detach() for name in ("weight", "bias"))
         scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).view(1, 3, 1, 1)
         offset = (torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1)
         self.embed = nn.Linear(3 * self.patch**2, config.width)

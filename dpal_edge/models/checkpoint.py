@@ -1,7 +1,7 @@
 """Checkpoints: safetensors with JSON metadata and a hash over every byte; and the published layouts, read safely.
 
-Nothing here unpickles: ``.pth`` files go through ``weights_only=True``, with ``argparse.Namespace`` alone allowed beside
-tensors and plain containers, because the authors' files hold their arguments in one.
+Nothing here unpickles: ``.pth`` files go through ``weights_only=True``, with ``argparse.Namespace`` alone allowed
+beside tensors and plain containers, because the authors' files hold their arguments in one.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import pickle
+import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dpal_edge.errors import DataError, ModelFileError
+from dpal_edge.errors import ModelFileError
 from dpal_edge.files import atomic_path
-from dpal_edge.models.vit import STUDENTS, ViTConfig, VisionTransformer
+from dpal_edge.models.vit import STUDENTS, VisionTransformer, ViTConfig
 
 FORMAT = "dpal-edge checkpoint 1"
 CHECKPOINTS = "checkpoints"  # folder of a run
@@ -45,6 +46,21 @@ _DECODER_NAMES = {
     "norm3": None,
     "expert_norm": None,
 }
+# What readers of weights raise on damaged bytes: the unpickler trusts what it reads, so nearly anything.
+_DAMAGED = (
+    safetensors.SafetensorError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 _NESTS = ("student", "teacher", "model", "state_dict")  # where published files keep their weights
 _WRAPPERS = ("module.", "backbone_module.")  # prefixes left by data parallelism
 _DEFAULT_MEAN, _DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -136,10 +152,11 @@ def read_tensors(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelFileError(f"{content_error}: it is damaged, or holds code that is never run here ({reason})") from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ModelFileError(f"{content_error}: damaged or cut short ({str(error).splitlines()[0]})") from error
+        raise ModelFileError(
+            f"{content_error}: it is damaged, or holds code that is never run here ({_reason(error)})"
+        ) from error
+    except _DAMAGED as error:
+        raise ModelFileError(f"{content_error}: damaged or cut short ({_reason(error)})") from error
     if not isinstance(loaded, dict):
         raise ModelFileError(f"{content_error}: it holds a {type(loaded).__name__}, expected a dictionary of tensors")
     return loaded
@@ -194,6 +211,9 @@ def infer_vit(state: dict[str, Tensor], **known: Any) -> ViTConfig:
     except KeyError as error:
         example = ", ".join(list(state)[:3]) or "no tensors"
         raise ModelFileError(f"not a ViT: {error} is missing; the keys begin {example}") from error
+    if kernel.ndim != 4 or positions.ndim != 3:
+        shapes = f"{tuple(kernel.shape)} and {tuple(positions.shape)}"
+        raise ModelFileError(f"not a ViT on images: its patch kernel and positions have shapes {shapes}")
     patch = kernel.shape[-1]
     count = positions.shape[1] - 1
     columns = math.isqrt(count) if math.isqrt(count) ** 2 == count else math.isqrt(count // 2)
@@ -208,7 +228,8 @@ def infer_vit(state: dict[str, Tensor], **known: Any) -> ViTConfig:
     config = replace(found, **known)
     if math.prod(config.grid) != count:
         raise ModelFileError(
-            f"{count} positions do not fit {config.size[0]}x{config.size[1]} pixels in patches of {patch}; give the size"
+            f"{count} positions do not fit {config.size[0]}x{config.size[1]} pixels in patches of {patch}; "
+            f"give the size"
         )
     return config
 
@@ -230,50 +251,77 @@ def load_backbone(path: Path, *, weights: str = "best", **known: Any) -> tuple[V
     Raises:
         ModelFileError: missing, damaged, not a student, or ``weights`` that the file does not hold.
     """
-    if path.suffix == ".safetensors" and is_ours(path):
-        checkpoint = read_checkpoint(path)
-        trained = {name: checkpoint.parts[name] for name in ("backbone", "decoder")}
-        parameters = {**trained, "teacher": checkpoint.metadata["teacher"]["parameters"]}
-        metadata = {**checkpoint.metadata, "parameters": parameters}
-        part = checkpoint.metadata.get("best", "backbone") if weights == "best" else weights
-        config, state = ViTConfig.from_dict(metadata["architecture"]), checkpoint.part(part)
-    else:
-        loaded = read_tensors(path)
-        part = weights = "backbone" if weights == "best" else weights
-        state, decoder = split_dpal(flatten_published(loaded, "teacher" if weights == "ema" else None))
-        config = infer_vit(state, **{"pos_interp": "1d", **_published_size(loaded), **known})
-        counts = {"backbone": state, "decoder": decoder}
-        metadata = {
-            "mean": _DEFAULT_MEAN,
-            "std": _DEFAULT_STD,
-            "student": next((name for name, c in STUDENTS.items() if c.width == config.width), "vit"),
-            "parameters": {name: sum(v.numel() for v in values.values()) for name, values in counts.items()},
-        }
-    if not state:
-        raise ModelFileError(f"{path}: holds no {part!r} weights; it has {', '.join(metadata['parameters'])}")
+    ours = path.suffix == ".safetensors" and is_ours(path)
+    config, state, metadata = _our_backbone(path, weights) if ours else _published_backbone(path, weights, known)
     backbone = VisionTransformer(config)
     load_matching(backbone, state, path, least=1.0)
-    return backbone.eval(), {**metadata, "weights": part}
+    return backbone.eval(), metadata
 
 
 def load_matching(module: torch.nn.Module, state: dict[str, Tensor], path: Path, *, least: float) -> float:
     """Load ``state`` into ``module`` and return the share of its tensors that were found, 0..1.
 
     Raises:
-        ModelFileError: less than ``least`` of the module's tensors are in ``state`` with the right shape.
+        ModelFileError: less than ``least`` of the module's tensors are in ``state``, or one has another shape there.
     """
     wanted = module.state_dict()
-    matching = {k: v for k, v in state.items() if k in wanted and v.shape == wanted[k].shape}
+    for key, value in state.items():
+        if key in wanted and value.shape != wanted[key].shape:
+            shapes = f"{tuple(value.shape)}, the model's is {tuple(wanted[key].shape)}"
+            raise ModelFileError(f"{path}: {key} has shape {shapes}; these are the weights of another architecture")
+    matching = {key: value for key, value in state.items() if key in wanted}
     share = len(matching) / len(wanted)
     if share < least:
         missing = [key for key in wanted if key not in matching]
         raise ModelFileError(
             f"{path}: {100 * share:.1f} % of the model's {len(wanted)} tensors match, expected at least "
-            f"{100 * least:.0f} %; missing or of another shape: {', '.join(missing[:3])}"
+            f"{100 * least:.0f} %; missing: {', '.join(missing[:3])}"
             f"{' ...' if len(missing) > 3 else ''}; is this the right file?"
         )
     module.load_state_dict(matching, strict=False)
     return share
+
+
+def _our_backbone(path: Path, weights: str) -> tuple[ViTConfig, dict[str, Tensor], dict[str, Any]]:
+    checkpoint = read_checkpoint(path)
+    parts, metadata = checkpoint.parts, checkpoint.metadata
+    part = metadata.get("best", "backbone") if weights == "best" else weights
+    if part not in parts:
+        raise ModelFileError(f"{path}: holds no {part!r} weights; it has {', '.join(parts)}")
+    trained = {name: parts[name] for name in ("backbone", "decoder") if name in parts}
+    parameters = {**trained, "teacher": metadata["teacher"]["parameters"]}
+    config = ViTConfig.from_dict(metadata["architecture"])
+    return config, checkpoint.part(part), {**metadata, "parameters": parameters, "weights": part}
+
+
+def _published_backbone(
+    path: Path, weights: str, known: dict[str, Any]
+) -> tuple[ViTConfig, dict[str, Tensor], dict[str, Any]]:
+    loaded = read_tensors(path)
+    part = "backbone" if weights == "best" else weights
+    nest = {"backbone": None, "ema": "teacher"}.get(part, part)
+    state, decoder = split_dpal(flatten_published(loaded, nest))
+    if not state:
+        raise ModelFileError(f"{path}: holds no {part!r} weights; its entries are {', '.join(list(loaded)[:6])}")
+    try:
+        config = infer_vit(state, **{"pos_interp": "1d", **_published_size(loaded), **known})
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    metadata = {
+        "mean": _DEFAULT_MEAN,
+        "std": _DEFAULT_STD,
+        "student": next((name for name, c in STUDENTS.items() if c.width == config.width), "vit"),
+        "parameters": {
+            name: sum(value.numel() for value in values.values())
+            for name, values in (("backbone", state), ("decoder", decoder))
+        },
+        "weights": part,
+    }
+    return config, state, metadata
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -284,7 +332,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def is_ours(path: Path) -> bool:
-    """Say whether a .safetensors file was written here; a damaged one counts as ours, and reading it says what is wrong."""
+    """Say whether a .safetensors file was written here; a damaged one counts as ours: reading it says what is wrong."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return "dpal_edge" in (file.metadata() or {})

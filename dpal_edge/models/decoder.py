@@ -91,12 +91,13 @@ class DynamicPatternDecoder(nn.Module):
         """Condition the three expert queries on the tokens (before attention, as published): (B, 3, D)."""
         queries = self.queries.expand(len(x), -1, -1)
         queries = queries + self.query_attn(queries)
-        return queries + self.cross_attn(self.cross_norm(queries), x, x, need_weights=False)[0]
+        conditioned: Tensor = queries + self.cross_attn(self.cross_norm(queries), x, x, need_weights=False)[0]
+        return conditioned
 
     def _generate(self, queries: Tensor) -> Tensor:
         """Turn queries (B, K, D) into expert matrices (B, K, D, O); one norm spans all D * O entries."""
         flat: Tensor = self.expert_norm(F.gelu(self.expert(self.expert_in_norm(queries))))
-        return flat.unflatten(-1, (queries.shape[-1], self.out_width))
+        return flat.view(*queries.shape, self.out_width)
 
 
 class _Router(nn.Module):
@@ -119,8 +120,8 @@ class _Router(nn.Module):
 def init_decoder(decoder: DynamicPatternDecoder, generator: torch.Generator, query_init: QueryInit = "normal") -> None:
     """Initialise as DPAL does (METHOD.md 2.4), but for the queries.
 
-    ``zeros`` is published; the three experts are then identical until the router tells them apart. ``normal`` (std 0.02)
-    breaks the symmetry from the start.
+    ``zeros`` is published; the three experts are then identical until the router tells them apart. ``normal`` (std
+    0.02) breaks the symmetry from the start.
     """
     for module in decoder.modules():
         if isinstance(module, nn.MultiheadAttention):

@@ -37,12 +37,17 @@ class Passport:
 class Teacher(nn.Module):
     """A frozen model behind one contract, on the student's grid and normalisation.
 
-    ``forward`` maps images (B, 3, H, W), normalised with the ImageNet mean and std, to float32 tokens (B, 1 + N, width), the
-    global token first, N = H / ``student_patch`` * W / ``student_patch`` patches. Images are resized so that the
+    ``forward`` maps images (B, 3, H, W), normalised with the ImageNet mean and std, to float32 tokens (B, 1 + N, D),
+    the global token first, N = H / ``student_patch`` * W / ``student_patch`` patches. Images are resized so that the
     teacher's patches fall on that grid, and re-normalised where the teacher wants another mean and std.
     """
 
-    def __init__(self, model: nn.Module, tokens: Callable[[Tensor], Tensor], passport: Passport, student_patch: int) -> None:
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, model: nn.Module, tokens: Callable[[Tensor], Tensor], passport: Passport, student_patch: int
+    ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.passport = passport
@@ -71,7 +76,12 @@ class Teacher(nn.Module):
 
 
 def load_teacher(
-    spec: str, *, layer: int | None = None, heads: int | None = None, student_patch: int = 16, size: tuple[int, int] | None = None
+    spec: str,
+    *,
+    layer: int | None = None,
+    heads: int | None = None,
+    student_patch: int = 16,
+    size: tuple[int, int] | None = None,
 ) -> Teacher:
     """Load the teacher that ``spec`` names.
 
@@ -179,7 +189,9 @@ def check_features(teacher: Teacher, images: Tensor) -> dict[str, float]:
     """
     tokens = teacher(images)
     if not tokens.isfinite().all():
-        raise ModelFileError(f"teacher {teacher.passport.spec}: gives values that are not finite on real crops; wrong weights?")
+        raise ModelFileError(
+            f"teacher {teacher.passport.spec}: gives values that are not finite on real crops; wrong weights?"
+        )
     first = tokens[:, 0]
     unit = F.normalize(first, dim=-1)
     pairs = unit @ unit.T

@@ -55,7 +55,7 @@ STUDENTS: dict[str, ViTConfig] = {
 def student_config(
     name: str, size: tuple[int, int], *, heads: tuple[int, int] = (6, 12), pos_interp: PosInterp = "2d"
 ) -> ViTConfig:
-    """Return the architecture of student ``name`` at ``size`` (height, width), with ``heads`` in all and the last block."""
+    """Return the architecture ``name`` at ``size`` (height, width); ``heads`` of most and of the last block."""
     return replace(STUDENTS[name], size=size, heads=heads[0], last_heads=heads[1], pos_interp=pos_interp)
 
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: bool) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
+        hidden = round(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -110,7 +110,8 @@ class Block(nn.Module):
         """Attend, then transform each token."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         mlp: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + self.ls2(mlp)
+        scaled: Tensor = self.ls2(mlp)
+        return x + scaled
 
 
 class LayerScale(nn.Module):
@@ -168,7 +169,7 @@ def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, in
 
 
 def init_student(vit: VisionTransformer, generator: torch.Generator, pos_init: PosInit = "trunc_normal") -> None:
-    """Initialise as DPAL does (METHOD.md 2.2): xavier-uniform linears and patch kernel, zero biases, normal class token.
+    """Initialise as DPAL does (METHOD.md 2.2): xavier linears and patch kernel, zero biases, normal class token.
 
     ``pos_init`` is the one departure: ``uniform`` is the published U[0, 1), ``trunc_normal`` (std 0.02) has zero mean.
     """
@@ -176,9 +177,8 @@ def init_student(vit: VisionTransformer, generator: torch.Generator, pos_init: P
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
             nn.init.zeros_(module.bias)
-    kernel = vit.patch_embed["proj"]
-    nn.init.xavier_uniform_(kernel.weight.view(len(kernel.weight), -1), generator=generator)
-    nn.init.zeros_(kernel.bias)
+    nn.init.xavier_uniform_(vit.get_parameter("patch_embed.proj.weight").flatten(1), generator=generator)
+    nn.init.zeros_(vit.get_parameter("patch_embed.proj.bias"))
     nn.init.normal_(vit.cls_token, std=0.02, generator=generator)
     if pos_init == "uniform":
         nn.init.uniform_(vit.pos_embed, generator=generator)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpal_edge.runtime._opencv import load_opencv
+from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.pipeline import Person
 from dpal_edge.runtime.preprocess import pixel_boxes
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ConfigError
-from dpal_edge.runtime._opencv import load_opencv
 from dpal_edge.runtime.boxes import Boxes, area, intersection, iou
+from dpal_edge.runtime.opencv import load_opencv
 
 # OpenCV's people model, in pixels: a window in which the person is 96 high. Windows are loose, so boxes are cut by a
 # share of each side; it and the values below were measured on street and indoor video.

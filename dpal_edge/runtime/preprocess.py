@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from dpal_edge.runtime._opencv import load_opencv
 from dpal_edge.runtime.boxes import Boxes
+from dpal_edge.runtime.opencv import load_opencv
 
 
 def crop_people(frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -12,6 +12,8 @@ from dpal_edge.runtime.boxes import Boxes, iou
 _MIN_IOU = 0.2  # with the last box, for a match by place
 _COAST = 5  # frames without a detection after which the last box says nothing about the place
 _MOMENTUM = 0.9  # of the running mean embedding
+_SPREADS = 3.0  # of its usual distance from its own mean within which a lost person is found again
+_LEAST_SPREAD = 0.002  # after a short life a track knows little about its own variation
 _IMPOSSIBLE = 10.0  # cost of a pair that may not be; possible ones lie in -1..1
 
 
@@ -21,6 +23,7 @@ class _Track:
     box: NDArray[np.float32]  # (4,)
     embedding: NDArray[np.float32] | None  # (D,) of length 1
     lost: int = 0  # frames since the last detection
+    spread: float = 0.0  # running mean of 1 - cosine between the embedding and what was seen next
 
 
 class Tracker:
@@ -29,8 +32,9 @@ class Tracker:
     First, tracks seen within the last few frames are matched by box overlap plus appearance. What is left is matched
     by appearance alone, which finds people again after an occlusion or an absence. Embeddings of a vision transformer
     share a large common part, so cosine similarities all lie close together and their absolute value means little:
-    the first stage uses only how similarities rank within the frame, the second asks for ``margin`` over every other
-    known person besides ``similarity``.
+    the first stage uses only how similarities rank within the frame. The second also asks that the person stand out
+    by ``margin`` among all known ones, and be about as close to their mean embedding as they were while in view: it
+    would rather give a new id than merge two people.
 
     Args:
         max_age: frames that a lost track is kept.
@@ -38,7 +42,7 @@ class Tracker:
         margin: how much more similar than any other person that match must be.
     """
 
-    def __init__(self, *, max_age: int = 150, similarity: float = 0.8, margin: float = 0.05) -> None:
+    def __init__(self, *, max_age: int = 150, similarity: float = 0.8, margin: float = 0.02) -> None:
         if max_age < 1 or not -1 <= similarity <= 1 or margin <= 0:
             raise ConfigError(
                 f"max_age {max_age}, similarity {similarity}, margin {margin} found, expected max_age of 1 or more, "
@@ -98,10 +102,12 @@ class Tracker:
         return scores
 
     def _appearance_scores(self, alike: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (tracks, n): similarity where it is high and stands out among all tracks, else -inf."""
+        """Return (tracks, n): similarity where it is high, stands out and is usual for the track, else -inf."""
         ranked = np.sort(np.vstack([alike, np.full_like(alike[:1], -1)]), axis=0)
         clear = (alike == ranked[-1]) & (ranked[-1] - ranked[-2] >= self._margin)
-        scores: NDArray[np.float32] = np.where(clear & (alike >= self._similarity), alike, -np.inf).astype(np.float32)
+        spread = np.array([max(track.spread, _LEAST_SPREAD) for track in self._tracks])
+        usual = (alike >= self._similarity) & (1 - alike <= _SPREADS * spread[:, None])
+        scores: NDArray[np.float32] = np.where(clear & usual, alike, -np.inf).astype(np.float32)
         return scores
 
     def _assign(self, track: _Track | None, box: NDArray[np.float32], unit: NDArray[np.float32] | None) -> int:
@@ -113,6 +119,7 @@ class Tracker:
         track.box, track.lost = box, 0
         if unit is not None:
             old = unit if track.embedding is None else track.embedding
+            track.spread = _MOMENTUM * track.spread + (1 - _MOMENTUM) * (1 - float(old @ unit))
             track.embedding = unit_rows((_MOMENTUM * old + (1 - _MOMENTUM) * unit)[None])[0]
         return track.id
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ConfigError, DataError
 from dpal_edge.files import atomic_path
-from dpal_edge.runtime._opencv import load_opencv
 from dpal_edge.runtime.annotate import draw
+from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.pipeline import Person, Pipeline
 
 _CODECS = {".mp4": "mp4v", ".webm": "VP80", ".avi": "MJPG"}  # what OpenCV's own FFmpeg can encode everywhere

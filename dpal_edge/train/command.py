@@ -45,11 +45,8 @@ def train(
             raise ConfigError(f"no {name}: give {option}")
     if epochs is not None:
         fields["steps"] = _steps_of(epochs, steps, build_config({**fields, "steps": 1}))
-    bar = ProgressBar()
-    try:
+    with ProgressBar() as bar:
         return run_training(build_config(fields), run, resume=resume, watcher=bar)
-    finally:
-        bar.finished()
 
 
 class ProgressBar(Watcher):
@@ -93,8 +90,10 @@ class ProgressBar(Watcher):
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed}, {terms}")
 
-    def finished(self) -> None:
-        """Close the bar."""
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -16,6 +17,20 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_INNER_STEP = 48  # the decoder splits this width into 16 heads, and into 12
+_POSITIVE = (
+    "steps",
+    "batch",
+    "base_lr",
+    "log_every",
+    "save_every",
+    "keep",
+    "relation_temperature",
+    "size",
+    "local_size",
+    "crowd_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +53,9 @@ class TrainConfig:
     local_size: tuple[int, int] = (128, 96)
     crowd_size: tuple[int, int] = (256, 256)
     crowd: Literal["others", "self"] = "others"  # who is pasted: others of the batch, or the image itself twice
-    crowd_source: Literal["paste", "real", "mixed"] = "paste"  # synthetic crowds, images of crowd_data, or half and half
+    crowd_source: Literal["paste", "real", "mixed"] = (
+        "paste"  # synthetic crowds, images of crowd_data, or half and half
+    )
     crowd_data: tuple[str, ...] = ()  # folders of real multi-person images
     backgrounds: tuple[str, ...] = ()  # folders of images without people; without any, blurred crops serve
 
@@ -78,22 +95,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_literals(self)
-        positive = (
-            "steps batch base_lr log_every save_every keep relation_temperature size local_size crowd_size".split()
-        )
-        for name in positive:
+        for name in _POSITIVE:
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,)) <= 0:
                 raise ConfigError(f"{name} is {value}, expected more than 0")
         for name in ("router_warmup", "warmup", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        for name in ("clip", "weight_decay", "validation_images", "workers"):
+        for name in ("clip", "weight_decay", "validation_images", "workers", "seed"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         self._check_views()
 
     def _check_views(self) -> None:
+        if self.inner_width is not None and (self.inner_width <= 0 or self.inner_width % _INNER_STEP):
+            raise ConfigError(f"inner_width is {self.inner_width}, expected a multiple of {_INNER_STEP}")
         if self.student not in STUDENTS:
             raise ConfigError(f"student is {self.student!r}, expected one of {', '.join(STUDENTS)}")
         patch = STUDENTS[self.student].patch_size
@@ -152,12 +168,14 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         if path.suffix == ".toml":
-            return tomllib.loads(path.read_text(encoding="utf-8"))
+            return dict(tomllib.loads(path.read_text(encoding="utf-8")))
         if path.suffix == ".json":
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(settings, dict):
+                return settings
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as settings ({error})") from error
-    raise ConfigError(f"{path}: expected a .toml or .json file of settings")
+    raise ConfigError(f"{path}: expected a .toml or .json file of settings by name")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -182,13 +200,13 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         inner = next(a for a in arguments if a is not type(None))
         return None if value is None else _coerce(inner, value, name)
     if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        kinds = [arguments[0]] * len(items) if arguments[-1] is ... else arguments
-        if isinstance(items, (list, tuple)) and len(items) == len(kinds):
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
+        if len(items) == len(kinds):
             return tuple(_coerce(kind, item, name) for kind, item in zip(kinds, items, strict=True))
     elif origin is Literal:
-        return value  # checked by the config itself
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value) if type(value) is int else value  # heads=3 is parsed as a number; the config checks the rest
+    elif hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     elif type(value) is hint:
         return value

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +21,8 @@ from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.views import Pixels
 
 LOCAL_CROPS = 2
+# What Pillow raises on damaged files, besides errors of the file system.
+_UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)
 _TRIES = 20  # neighbours tried in place of an unreadable image before giving up
 
 
@@ -112,9 +114,10 @@ class PersonBatches(Dataset[Batch]):
             try:
                 with Image.open(path) as image:
                     image.draft("RGB", (1024, 1024))  # large JPEGs decode several times faster at a reduced scale
-                    return image.convert("RGB")
-            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-                skipped[str(path)] = str(error).splitlines()[0][:100]
+                    decoded: Image.Image = image.convert("RGB")
+                    return decoded
+            except _UNREADABLE as error:
+                skipped[str(path)] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise DataError(
             f"{path}: cannot be read, nor can {_TRIES - 1} images before it ({skipped[str(path)]}); "
             f"are these really images?"

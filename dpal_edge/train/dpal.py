@@ -24,8 +24,8 @@ class Images:
 class Dpal(nn.Module):
     """Student backbone, decoder, frozen teacher and shape mask as one trainable module.
 
-    The three class-token calls of the decoder (the global view and both local crops) run as one call: the published loop
-    makes five calls of equal weight, so the mean over calls counts that one threefold.
+    The three class-token calls of the decoder (the global view and both local crops) run as one call: the published
+    loop makes five calls of equal weight, so the mean over calls counts that one threefold.
     """
 
     def __init__(

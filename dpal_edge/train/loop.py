@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, Teacher
 from dpal_edge.models.vit import VisionTransformer
 from dpal_edge.runtime.device import cpu_features
@@ -54,7 +55,7 @@ class TimedLoader:
         iterator = iter(self._loader)
         while True:
             start = time.perf_counter()
-            batch = next(iterator, None)
+            batch = _next(iterator)
             self.waited_s += time.perf_counter() - start
             if batch is None:
                 return
@@ -72,7 +73,9 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, str]:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --set device=cpu") from error
+        raise ConfigError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --set device=cpu"
+        ) from error
     precision: str = config.precision
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_features().fast_bf16
@@ -182,9 +185,16 @@ def _parameter_groups(method: Dpal, config: TrainConfig) -> list[dict[str, objec
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Let Ctrl-C reach the loop alone: it finishes the update in hand with batches that must still come."""
-    import signal
+def _next(iterator: Iterator[Batch]) -> Batch | None:
+    """Return the next batch, None at the end; an error from a worker without the worker's traceback in its text."""
+    try:
+        return next(iterator, None)
+    except DataError as error:
+        raise DataError(str(error).strip().splitlines()[-1].partition("DataError: ")[2] or str(error)) from error
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Let Ctrl-C and SIGTERM reach the loop alone: it finishes the update in hand with batches that must still come."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

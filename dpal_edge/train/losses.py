@@ -47,23 +47,25 @@ def relation_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
 
 
 def relations(tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Attention of each token to all, (B, N, N), rows sum to 1: softmax of inner products over the root of the width."""
+    """Attention of each token to all, (B, N, N), rows sum to 1: softmax of inner products by the root of the width."""
     return _relation_logits(tokens, temperature).softmax(-1)
 
 
 def _relation_logits(tokens: Tensor, temperature: float) -> Tensor:
-    tokens = tokens.float()
-    return tokens @ tokens.mT / (tokens.shape[-1] ** 0.5 * temperature)
+    with torch.autocast(tokens.device.type, enabled=False):  # 8 bits of bf16 leave logits of 28 an error of 0.1
+        tokens = tokens.float()
+        logits: Tensor = tokens @ tokens.mT / (tokens.shape[-1] ** 0.5 * temperature)
+        return logits
 
 
 class ShapeMask(nn.Module):
     """Where the person is, read off the teacher's patches: their first principal component, scaled to 0..1.
 
     ``published`` fits one exact principal component per batch and scales by its least and greatest value: the sign, and
-    so whether people are 1 or 0, is arbitrary and may flip between batches. ``foreground`` (the default of a run) departs:
-    the direction comes from a few power iterations that start from a running mean of earlier directions, its sign is
-    chosen so that patches in the middle of the crop score above those at its left and right edge, and the scale is
-    taken from the 2nd to the 98th percentile, clipped.
+    so whether people are 1 or 0, is arbitrary and may flip between batches. ``foreground`` (the default of a run)
+    departs: the direction comes from a few power iterations that start from a running mean of earlier directions, its
+    sign is chosen so that patches in the middle of the crop score above those at its left and right edge, and the
+    scale is taken from the 2nd to the 98th percentile, clipped.
     """
 
     direction: Tensor
@@ -77,17 +79,18 @@ class ShapeMask(nn.Module):
     @torch.no_grad()
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the mask (B, N, 1) in 0..1 for teacher patches (B, N, O) on a ``grid`` of rows and columns."""
-        points = patches.float().flatten(0, 1)
-        points = points - points.mean(0)
-        if self.published:
-            # eigh sorts ascending: the last eigenvector of the scatter matrix is the first principal component
-            scores = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -1]
-            low, high = scores.min(), scores.max()
-        else:
-            scores = self._foreground_scores(points, grid)
-            low, high = _percentiles(scores, 0.02, 0.98)
-        mask = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-        return mask.view(*patches.shape[:2], 1)
+        with torch.autocast(patches.device.type, enabled=False):  # products over a batch overflow fp16
+            points = patches.float().flatten(0, 1)
+            points = points - points.mean(0)
+            if self.published:
+                # eigh sorts ascending: the last eigenvector of the scatter matrix is the first principal component
+                scores = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -1]
+                low, high = scores.min(), scores.max()
+            else:
+                scores = self._foreground_scores(points, grid)
+                low, high = _percentiles(scores, 0.02, 0.98)
+            mask: Tensor = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+            return mask.view(*patches.shape[:2], 1)
 
     def _foreground_scores(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
         """Project centred ``points`` (B * N, O) on their signed, slowly moving first component."""
@@ -104,7 +107,8 @@ class ShapeMask(nn.Module):
         if self.training:
             mixed = self.momentum * self.direction + (1 - self.momentum) * sign * direction
             self.direction.copy_(F.normalize(mixed, dim=0))
-        return sign * scores
+        signed: Tensor = sign * scores
+        return signed
 
 
 def _percentiles(values: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """A run folder: settings, passport, metrics and checkpoints; start, stop and resume."""
 
 import json
+import math
 import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -31,7 +32,16 @@ from dpal_edge.models.checkpoint import (
 from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, check_features, load_teacher, passport_fields
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import PersonBatches, split_validation
-from dpal_edge.train.loop import State, TimedLoader, build_state, choose_device, learning_rate, to_images, train, validate
+from dpal_edge.train.loop import (
+    State,
+    TimedLoader,
+    build_state,
+    choose_device,
+    learning_rate,
+    to_images,
+    train,
+    validate,
+)
 
 MAY_CHANGE = frozenset({"steps", "workers", "device", "log_every", "save_every", "keep"})  # between start and resume
 _CALLS = ("global", "local", "relation")
@@ -55,6 +65,8 @@ class Summary:
     checkpoint: Path
     step: int
     interrupted: bool
+    device: str
+    precision: str
     seconds: float  # in the loop, this session
     images_per_s: float
     data_wait: float  # share of the loop's time, 0..1
@@ -94,7 +106,9 @@ def run_training(config: TrainConfig, run: Path, *, resume: bool = False, watche
         ConfigError, DataError, ModelFileError: before anything is written, or with the last checkpoint intact.
     """
     watcher = watcher or Watcher()
-    saved = _checkpoint_to_resume(run, config) if resume else _refuse_used(run)
+    saved = _checkpoint_to_resume(run, config) if resume else None
+    if saved is None:
+        _refuse_used(run)
     found = find_images(config.data)
     train_paths, validation_paths = split_validation(found.paths, config.validation_images, config.seed)
     device, precision = choose_device(config)
@@ -123,7 +137,9 @@ def read_run_config(run: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ModelFileError(f"{run}: no run to resume (its config.json cannot be read); start without --resume") from error
+        raise ModelFileError(
+            f"{run}: no run to resume (its config.json cannot be read); start without --resume"
+        ) from error
 
 
 def _follow(state: State, batches: PersonBatches, saver: "_Saver", watcher: Watcher) -> Summary:
@@ -152,6 +168,8 @@ def _follow(state: State, batches: PersonBatches, saver: "_Saver", watcher: Watc
         checkpoint=checkpoint,
         step=state.step,
         interrupted=state.step < config.steps,
+        device=str(state.device),
+        precision=state.precision,
         seconds=seconds,
         images_per_s=(state.step - first_step) * config.batch / seconds,
         data_wait=loader.waited_s / seconds,
@@ -220,7 +238,7 @@ class _Metrics:
         self._config, self._loader = config, loader
         path = run / "metrics.jsonl"
         if path.exists():  # drop what came after the checkpoint that training goes on from
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(run / "tensorboard", purge_step=step)
@@ -251,14 +269,21 @@ class _Metrics:
             images_per_s=updates * self._config.batch / seconds,
             data_wait=(self._loader.waited_s - self._waited) / seconds,
             lr=learning_rate(step - 1, self._config),
-            values={name: value for name, value in _flatten(self._sums, updates)},
+            values=dict(_flatten(self._sums, updates)),
         )
-        if not all(map(_is_finite, record.values.values())):
+        # The gradients of an update that fp16 skipped may overflow; losses may not.
+        if not all(math.isfinite(value) for name, value in record.values.items() if name != "grad_norm"):
             raise DataError(
                 f"the loss is not finite at update {step} ({record.values}); the last checkpoint is intact: "
                 f"resume with a smaller base_lr, or with precision=float32"
             )
-        self._write(record)
+        try:
+            self._write(record)
+        except OSError as error:
+            raise DataError(
+                f"{self._file.name}: cannot be written ({error.strerror}); free some space; the last checkpoint is "
+                f"intact, --resume goes on from there"
+            ) from error
         self._sums, self._first_step, self._start, self._waited = {}, step, now, self._loader.waited_s
         return record
 
@@ -299,12 +324,9 @@ def _restore(state: State, saved: Checkpoint, passport: dict[str, Any]) -> None:
     state.ema.load_state_dict(saved.part("ema"))
     moments = saved.part("optimizer")
     for name, parameter in state.method.named_parameters():
-        if parameter.requires_grad:
+        if f"{name}.step" in moments:  # none yet where fp16 skipped every update so far
             found = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            state.optimizer.state[parameter] = {
-                key: value.to(state.device) if key != "step" else value.to(parameter.device)
-                for key, value in found.items()
-            }
+            state.optimizer.state[parameter] = {key: value.to(state.device) for key, value in found.items()}
     state.scaler.load_state_dict(saved.metadata["scaler"])
     state.step = saved.metadata["step"]
 
@@ -327,7 +349,9 @@ def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint:
         was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
         raise ConfigError(f"{run}: cannot resume with other settings; the run has {was}; start a new run for others")
     if saved.metadata["step"] >= config.steps:
-        raise ConfigError(f"{run}: all {config.steps} updates are done; to train longer give more --steps with --resume")
+        raise ConfigError(
+            f"{run}: all {config.steps} updates are done; to train longer give more --steps with --resume"
+        )
     return saved
 
 
@@ -377,16 +401,20 @@ def _workers(config: TrainConfig, device: torch.device) -> int:
 def _flatten(sums: dict[str, Tensor], updates: int) -> Iterator[tuple[str, float]]:
     """Turn sums over ``updates`` into named means; the only place where the loop waits for the device."""
     for name, value in sums.items():
-        mean = (value.float() / updates).tolist()
+        mean = value.float() / updates
         if name == "usage":
-            for call, row in zip(_CALLS, mean, strict=True):
+            for call, row in zip(_CALLS, mean.tolist(), strict=True):
                 yield from ((f"usage/{call}/{i}", share) for i, share in enumerate(row))
         else:
-            yield name, mean
+            yield name, mean.item()
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0
+def _step_of(line: str) -> float:
+    """Return the step of a line of ``metrics.jsonl``; of one cut short by a crash, infinity, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 @contextmanager

