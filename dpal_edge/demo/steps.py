@@ -94,7 +94,7 @@ def run_demo(out: Path, *, updates: int, say: Say) -> Path:
     ran = _run_clip(out)
     agreement = _compare(out, config)
     steps.end(
-        f"{ran.frames} frames, {ran.persons} persons, {ran.tracks} tracks, {ran.fps:.0f} frames/s; agreement with the "
+        f"{ran.frames} frames, {ran.persons} boxes, {ran.tracks} tracks, {ran.fps:.0f} frames/s; agreement with the "
         f"teacher on unseen frames {agreement.distilled:.2f}, untrained {agreement.untrained:.2f}"
     )
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,11 +110,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     content = _read_bytes(path)
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        found, stated = header.get("format"), str(header.get("sha256"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{path}: damaged, or not a dpal-edge checkpoint: its header cannot be read") from error
-    if header.get("format") != FORMAT:
-        raise ModelFileError(f"{path}: not a dpal-edge checkpoint (format {header.get('format')!r}, not {FORMAT!r})")
-    stated = header.get("sha256", "")
+    if found != FORMAT:
+        raise ModelFileError(f"{path}: not a dpal-edge checkpoint (format {found!r}, not {FORMAT!r})")
     digest = hashlib.sha256(content.replace(stated.encode(), _UNSET_HASH.encode(), 1)).hexdigest()
     if digest != stated:
         raise ModelFileError(f"{path}: damaged: its sha256 is not the one written in it; a byte changed, or it was cut")
@@ -166,10 +167,12 @@ def flatten_published(loaded: dict[str, Any], nest: str | None = None) -> dict[s
     """Return the state dict inside a published file, without wrapper prefixes.
 
     ``nest`` picks one of the file's dictionaries (``teacher`` is the EMA student in DPAL's files); None takes the first
-    that is there.
+    that is there, or else the file itself.
     """
-    names = [nest] if nest else [name for name in _NESTS if isinstance(loaded.get(name), dict)]
-    state = loaded[names[0]] if names and isinstance(loaded.get(names[0]), dict) else loaded
+    nests = (nest,) if nest else _NESTS
+    state = next((loaded[name] for name in nests if isinstance(loaded.get(name), dict)), None)
+    if state is None:
+        state = {} if nest else loaded
     flat = {}
     for key, value in state.items():
         if isinstance(value, Tensor):
@@ -221,7 +224,7 @@ def infer_vit(state: dict[str, Tensor], **known: Any) -> ViTConfig:
         size=(count // max(columns, 1) * patch, columns * patch),
         patch_size=patch,
         width=width,
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        depth=1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key, re.ASCII)),
         mlp_ratio=hidden / width,
         layer_scale="blocks.0.ls1.gamma" in state,
     )
@@ -288,8 +291,8 @@ def _our_backbone(path: Path, weights: str) -> tuple[ViTConfig, dict[str, Tensor
     part = metadata.get("best", "backbone") if weights == "best" else weights
     if part not in parts:
         raise ModelFileError(f"{path}: holds no {part!r} weights; it has {', '.join(parts)}")
-    trained = {name: parts[name] for name in ("backbone", "decoder") if name in parts}
-    parameters = {**trained, "teacher": metadata["teacher"]["parameters"]}
+    parameters = {name: count for name, count in parts.items() if name in ("backbone", "decoder")}
+    parameters["teacher"] = metadata["teacher"]["parameters"]
     config = ViTConfig.from_dict(metadata["architecture"])
     return config, checkpoint.part(part), {**metadata, "parameters": parameters, "weights": part}
 
@@ -304,7 +307,8 @@ def _published_backbone(
     if not state:
         raise ModelFileError(f"{path}: holds no {part!r} weights; its entries are {', '.join(list(loaded)[:6])}")
     try:
-        config = infer_vit(state, **{"pos_interp": "1d", **_published_size(loaded), **known})
+        fields: dict[str, Any] = {"pos_interp": "1d", **_published_size(loaded), **known}
+        config = infer_vit(state, **fields)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     metadata = {

@@ -15,6 +15,8 @@ from dpal_edge.models.checkpoint import flatten_published, infer_vit, load_match
 from dpal_edge.models.vit import VisionTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Tensors that change what a ViT computes; others, such as the heads and decoders of pretraining, do not.
+_COMPUTING = ("blocks.", "patch_embed.", "norm_pre.", "reg", "storage_tokens", "cls_token_pos_embed", "rope")
 LEAST_MATCH = 0.95  # a teacher with fewer of its tensors found is refused: it would train a student on noise
 
 
@@ -109,7 +111,15 @@ def load_teacher(
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}; for another architecture use timm:NAME@{path}") from error
     layer = _check_layer(spec, layer, config.depth)
+    if config.width % heads:
+        raise ConfigError(f"teacher heads {heads}: {spec} has tokens of {config.width} channels, expected a divisor")
     vit = VisionTransformer(config)
+    wanted = vit.state_dict()
+    if unknown := [key for key in state if key.startswith(_COMPUTING) and key not in wanted]:
+        raise ModelFileError(
+            f"{path}: a plain ViT has no {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, so its features "
+            f"would be wrong; for another architecture use timm:NAME@{path}"
+        )
     passport = Passport(
         spec=spec,
         sha256=sha256_of(path),
@@ -141,6 +151,8 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
             f"teacher {spec!r}: its weights cannot be fetched ({type(error).__name__}); "
             f"download them and give timm:{name}@FILE"
         ) from error
+    if not hasattr(model, "blocks"):
+        raise ConfigError(f"teacher {spec!r}: {name} is not a ViT: it has no sequence of blocks on one patch grid")
     matched = 1.0
     if file:
         state = flatten_published(read_tensors(Path(file)))
@@ -161,11 +173,13 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
     )
 
     def tokens(images: Tensor) -> Tensor:
-        [(patches, prefix)] = model.forward_intermediates(
+        [taken] = model.forward_intermediates(
             images, indices=[layer - 1], norm=True, stop_early=True, output_fmt="NLC", return_prefix_tokens=True,
             intermediates_only=True,
         )  # fmt: skip
-        first = prefix[:, :1] if prefix is not None and prefix.shape[1] else patches.mean(1, keepdim=True)
+        patches, prefix = taken if isinstance(taken, tuple) else (taken, None)  # no tuple without prefix tokens
+        # The class token comes before registers; without one, registers may still be there.
+        first = prefix[:, :1] if prefix is not None and model.cls_token is not None else patches.mean(1, keepdim=True)
         return torch.cat([first, patches], dim=1)
 
     return Teacher(model, tokens, passport, student_patch)

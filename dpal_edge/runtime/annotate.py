@@ -13,6 +13,7 @@ from dpal_edge.runtime.preprocess import pixel_boxes
 
 _GOLDEN_RATIO = 0.618034  # steps through the hues so that neighbouring track ids differ most
 _GREY = (200, 200, 200)
+_Plate = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 
@@ -28,10 +29,12 @@ def draw(frame: NDArray[np.uint8], people: Sequence[Person]) -> NDArray[np.uint8
     for person, (left, top, right, bottom) in zip(people, boxes.tolist(), strict=True):
         color = track_color(person.track_id)
         cv2.rectangle(drawn, (left, top), (right - 1, bottom - 1), color, max(1, round(2 * unit)), cv2.LINE_AA)
-    # Labels last: no rectangle may cross a text.
+    # Labels last: no rectangle may cross a text, and no label covers another.
+    plates: list[_Plate] = []
     for person, (left, top, _, _) in zip(people, boxes.tolist(), strict=True):
         number = "" if person.track_id is None else f"#{person.track_id} "
-        _label(cv2, drawn, f"{number}{person.score:.2f}", (left, top), track_color(person.track_id), unit)
+        color = track_color(person.track_id)
+        plates.append(_label(cv2, drawn, f"{number}{person.score:.2f}", (left, top), color, unit, plates))
     return drawn
 
 
@@ -44,15 +47,25 @@ def track_color(track_id: int | None) -> tuple[int, int, int]:
 
 
 def _label(
-    cv2: Any, image: NDArray[np.uint8], text: str, corner: tuple[int, int], color: tuple[int, int, int], unit: float
-) -> None:
-    """Write ``text`` on a filled plate above ``corner``, moved inside the image where it would leave it."""
+    cv2: Any,
+    image: NDArray[np.uint8],
+    text: str,
+    corner: tuple[int, int],
+    color: tuple[int, int, int],
+    unit: float,
+    others: Sequence[_Plate],
+) -> _Plate:
+    """Write ``text`` on a plate above ``corner``, inside the image and clear of ``others`` where there is room."""
     font, scale, thickness = cv2.FONT_HERSHEY_SIMPLEX, max(0.4, 0.55 * unit), max(1, round(1.3 * unit))
     (width, height), baseline = cv2.getTextSize(text, font, scale, thickness)
     pad = max(2, round(4 * unit))
-    left = max(0, min(corner[0], image.shape[1] - width - 2 * pad))
-    top = max(0, corner[1] - height - baseline - 2 * pad)
-    bottom = top + height + baseline + 2 * pad
-    cv2.rectangle(image, (left, top), (left + width + 2 * pad, bottom), color, cv2.FILLED)
+    wide, high = width + 2 * pad, height + baseline + 2 * pad
+    left = max(0, min(corner[0], image.shape[1] - wide))
+    top = max(0, corner[1] - high)
+    for other in sorted(others, key=lambda plate: -plate[1]):  # from the lowest up
+        if left < other[2] and left + wide > other[0] and top < other[3] and top + high > other[1]:
+            top = max(0, other[1] - high)
+    cv2.rectangle(image, (left, top), (left + wide, top + high), color, cv2.FILLED)
     ink = _BLACK if np.dot(color, (0.114, 0.587, 0.299)) > 110 else _WHITE  # luma of BGR
-    cv2.putText(image, text, (left + pad, bottom - pad - baseline // 2), font, scale, ink, thickness, cv2.LINE_AA)
+    cv2.putText(image, text, (left + pad, top + high - pad - baseline // 2), font, scale, ink, thickness, cv2.LINE_AA)
+    return (left, top, left + wide, top + high)

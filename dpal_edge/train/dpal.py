@@ -70,19 +70,8 @@ class Dpal(nn.Module):
         tokens = self.decoder(crowd, RELATION)
 
         calls = 1 + len(local) // batch
-        mask = None
-        if self.mask is not None:
-            rows, columns = (side // self.backbone.config.patch_size for side in images.base.shape[-2:])
-            mask = self.mask(teacher[:, 1:], (rows, columns))
         losses = {
-            "global": global_loss(list(first.tokens.split(batch)), teacher[:, :1]),
-            "local": local_loss(patches.tokens, teacher[:, 1:], mask),
-            "relation": relation_loss(
-                tokens.tokens,
-                teacher_crowd,
-                temperature=config.relation_temperature,
-                stable=config.relation == "log_softmax",
-            ),
+            **self._align(images, first.tokens, patches.tokens, tokens.tokens, teacher, teacher_crowd),
             "router": (calls * first.router_loss + patches.router_loss + tokens.router_loss) / (calls + 2),
             "penalty": (calls * first.penalty + patches.penalty + tokens.penalty) / (calls + 2),
         }
@@ -96,6 +85,30 @@ class Dpal(nn.Module):
         )
         usage = torch.stack([first.usage, patches.usage, tokens.usage])
         return {"loss": total, **losses, "usage": usage}
+
+    def _align(
+        self, images: Images, first: Tensor, patches: Tensor, crowd: Tensor, teacher: Tensor, teacher_crowd: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the three alignment losses of decoded student tokens and teacher tokens, computed in float32.
+
+        Autocast is off: the relation's logits reach 28 and the mask projects on a principal direction, for which
+        bfloat16 is too coarse.
+        """
+        with torch.autocast(images.base.device.type, enabled=False):
+            mask = None
+            if self.mask is not None:
+                rows, columns = (side // self.backbone.config.patch_size for side in images.base.shape[-2:])
+                mask = self.mask(teacher[:, 1:], (rows, columns))
+            return {
+                "global": global_loss(list(first.float().split(len(images.base))), teacher[:, :1]),
+                "local": local_loss(patches.float(), teacher[:, 1:], mask),
+                "relation": relation_loss(
+                    crowd,
+                    teacher_crowd,
+                    temperature=self.config.relation_temperature,
+                    stable=self.config.relation == "log_softmax",
+                ),
+            }
 
     def student_state(self) -> dict[str, Tensor]:
         """Return the state that training changes: backbone, decoder and mask direction, without the teacher."""

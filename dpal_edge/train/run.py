@@ -136,7 +136,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ModelFileError(
             f"{run}: no run to resume (its config.json cannot be read); start without --resume"
         ) from error
@@ -318,9 +318,11 @@ def _restore(state: State, saved: Checkpoint, passport: dict[str, Any]) -> None:
             f"the teacher {passport['spec']} has changed since the run began (sha256 {passport['sha256']}, was "
             f"{before['sha256']}); put the old file back, or start a new run"
         )
-    state.method.load_state_dict(
-        {k: v for k, v in saved.tensors.items() if not k.startswith(("ema.", "optimizer."))}, strict=False
-    )
+    student = {k: v for k, v in saved.tensors.items() if not k.startswith(("ema.", "optimizer."))}
+    absent = state.method.student_state().keys() - student.keys()
+    if absent:
+        raise ModelFileError(f"the checkpoint of update {saved.metadata['step']} lacks {', '.join(sorted(absent)[:3])}")
+    state.method.load_state_dict(student, strict=False)  # the teacher is not in it
     state.ema.load_state_dict(saved.part("ema"))
     moments = saved.part("optimizer")
     for name, parameter in state.method.named_parameters():
