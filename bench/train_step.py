@@ -2,11 +2,11 @@
 
     python bench/train_step.py [--batch 16] [--repeats 3] [--out bench/results/train_step.json]
 
-The published-style step is written as METHOD.md 2 describes the authors' code: plain float32 attention with explicit
-softmax, a second softmax over the values that nothing uses, a teacher that builds no gradient but runs without
-``inference`` or ``no_grad``, five decoder calls, and a shape mask from scikit-learn's PCA on the CPU. Ours is the step of
-``dpal-edge train`` at its default settings. Both update a ViT-Ti from a ViT-B/16 teacher with random weights (speed does
-not depend on them) at 256x128, on the same views. The floor, in multiply-adds, is written beside the result.
+The published-style step is written as docs/method.md describes the authors' code: plain float32 attention, a second
+softmax over the values that nothing uses, a teacher that runs without ``no_grad``, five decoder calls, and a shape
+mask from scikit-learn's PCA on the CPU. Ours is the step of ``dpal-edge train`` at its default settings. Both update a ViT-Ti
+from a ViT-B/16 teacher with random weights (speed does not depend on them) at 256x128, on the same views. The floor, in
+multiply-adds, is written beside the result.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dpal_edge.models.decoder import GLOBAL, LOCAL, RELATION
 from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, Passport, Teacher
-from dpal_edge.models.vit import Attention, ViTConfig, VisionTransformer
+from dpal_edge.models.vit import Attention, VisionTransformer, ViTConfig
 from dpal_edge.runtime.device import cpu_features
 from dpal_edge.train.config import TrainConfig, build_config
 from dpal_edge.train.dpal import Dpal, Images
@@ -80,7 +80,7 @@ def published_step(state: State, images: Images) -> None:
 
 
 def published_losses(method: Dpal, images: Images) -> Tensor:
-    """The total loss of METHOD.md 2.6, call by call."""
+    """The total loss of docs/method.md 6, call by call."""
     teacher = method.teacher.model
     tokens, crowd_tokens = teacher(images.base), teacher(images.crowd)
     student, crowd = method.backbone(images.base), method.backbone(images.crowd)

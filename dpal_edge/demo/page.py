@@ -73,9 +73,9 @@ def _summary(story: Story) -> str:
     teacher = stripped.removed["teacher"] / 1e6
     return (
         f"<p>A {teacher:.0f} M-parameter vision transformer taught a {stripped.parameters_after / 1e6:.1f} M-parameter "
-        f"ViT-Ti on unlabelled people, in {story.training.seconds:.0f} s on {story.training.device.upper()}. The student "
-        f"was exported, <span class=good>verified against torch (error {parity.max_rel_error:.1e})</span>, and run without "
-        f"torch on video, on people who enter after the part it learned from.</p>"
+        f"ViT-Ti on unlabelled people, in {story.training.seconds:.0f} s on {story.training.device.upper()}. The "
+        f"student was exported, <span class=good>verified against torch (error {parity.max_rel_error:.1e})</span>, and run "
+        f"without torch on video, on people who enter after the part it learned from.</p>"
         f"<p class=soft>dpal-edge {__version__}, {story.seconds:.0f} s in all. This is a demonstration of every stage, "
         f"not a model to deploy: a few hundred crops from two clips teach little.</p>"
     )

@@ -1,6 +1,6 @@
 """D-PaDe, the dynamic pattern decoder of DPAL: a train-only mixture of three experts generated from the tokens.
 
-Source: DPAL (arXiv 2508.07144), official code; METHOD.md 2.4. It lifts student tokens to the teacher's width so that
+Source: DPAL (arXiv 2508.07144), official code; docs/method.md 4. It lifts student tokens to the teacher's width so that
 three patterns can be aligned: global (expert 0), local (1) and relation (2). Nothing of it is ever exported.
 """
 
@@ -118,7 +118,7 @@ class _Router(nn.Module):
 
 
 def init_decoder(decoder: DynamicPatternDecoder, generator: torch.Generator, query_init: QueryInit = "normal") -> None:
-    """Initialise as DPAL does (METHOD.md 2.4), but for the queries.
+    """Initialise as DPAL does (docs/method.md 4), but for the queries.
 
     ``zeros`` is published; the three experts are then identical until the router tells them apart. ``normal`` (std
     0.02) breaks the symmetry from the start.

@@ -45,7 +45,7 @@ class ViTConfig:
         return cls(**{**fields, "size": tuple(fields["size"])})
 
 
-# DPAL's students (METHOD.md 2.2): twice the heads in the last block, a trait kept from TinyMIM.
+# DPAL's students (docs/method.md 2): twice the heads in the last block, a trait kept from TinyMIM.
 STUDENTS: dict[str, ViTConfig] = {
     "vit_tiny": ViTConfig(width=192, heads=6, last_heads=12),
     "vit_small": ViTConfig(width=384, heads=6, last_heads=12),
@@ -150,7 +150,7 @@ def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, in
 
     ``2d`` resizes the grid. ``2d-dino`` does so with DINO's scale factors of (wanted + 0.1) / stored, as DPAL's teacher
     does. ``1d`` resizes the flattened grid as one sequence: the published student was trained so, though it scrambles
-    the columns of any grid of another width; use it only with released weights (METHOD.md 2.2).
+    the columns of any grid of another width; use it only with released weights (docs/method.md 2).
     """
     if stored == wanted:
         return pos
@@ -169,7 +169,7 @@ def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, in
 
 
 def init_student(vit: VisionTransformer, generator: torch.Generator, pos_init: PosInit = "trunc_normal") -> None:
-    """Initialise as DPAL does (METHOD.md 2.2): xavier linears and patch kernel, zero biases, normal class token.
+    """Initialise as DPAL does (docs/method.md 2): xavier linears and patch kernel, zero biases, normal class token.
 
     ``pos_init`` is the one departure: ``uniform`` is the published U[0, 1), ``trunc_normal`` (std 0.02) has zero mean.
     """

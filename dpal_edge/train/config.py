@@ -35,7 +35,7 @@ _POSITIVE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run of DPAL. METHOD.md 2.9 lists what is published and what departs; ``PUBLISHED`` holds the former."""
+    """One run of DPAL. docs/method.md 8 lists what is published and what departs; ``PUBLISHED`` holds the former."""
 
     # What is distilled from what
     teacher: str = ""  # timm:NAME, timm:NAME@FILE or FILE
@@ -129,7 +129,7 @@ class TrainConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
-# What METHOD.md 2.9 calls faithful, by the names above.
+# What docs/method.md 8 calls faithful, by the names above.
 PUBLISHED: dict[str, Any] = {
     "pos_init": "uniform",
     "pos_interp": "1d",

@@ -1,4 +1,4 @@
-"""The DPAL method: views in, losses out (arXiv 2508.07144; METHOD.md 2.10)."""
+"""The DPAL method: views in, losses out (arXiv 2508.07144; docs/method.md)."""
 
 from dataclasses import dataclass
 
@@ -115,5 +115,5 @@ class Dpal(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("teacher.")}
 
     def spared_from_decay(self) -> set[str]:
-        """Names of embeddings and tokens, which METHOD.md 2.9 suggests to spare from weight decay."""
+        """Names of embeddings and tokens, which docs/method.md 8 suggests to spare from weight decay."""
         return {"backbone.pos_embed", "backbone.cls_token", "decoder.queries", "decoder.router.token"}

@@ -141,7 +141,7 @@ def validate(state: State, batches: PersonBatches, count: int) -> dict[str, floa
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rise linearly over the warm-up, then fall along a half cosine to 0 (METHOD.md 2.7)."""
+    """Rise linearly over the warm-up, then fall along a half cosine to 0 (docs/method.md 7)."""
     peak = config.base_lr * config.batch / 256
     warmup = config.warmup * config.steps
     if step < warmup:

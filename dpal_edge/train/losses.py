@@ -1,4 +1,4 @@
-"""The three alignments of DPAL and the shape mask (arXiv 2508.07144; METHOD.md 2.5, 2.6)."""
+"""The three alignments of DPAL and the shape mask (arXiv 2508.07144; docs/method.md 5, 6)."""
 
 import torch
 import torch.nn.functional as F

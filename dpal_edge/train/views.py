@@ -1,4 +1,4 @@
-"""The views of DPAL: a global crop, two local crops and a crowd image per person (METHOD.md 2.1).
+"""The views of DPAL: a global crop, two local crops and a crowd image per person (docs/method.md 1).
 
 All is drawn from one NumPy generator per image, so a view depends on seed and position alone: not on workers, nor on
 whether the run was interrupted.
