@@ -4,9 +4,9 @@
 
 The published-style step is written as docs/method.md describes the authors' code: plain float32 attention, a second
 softmax over the values that nothing uses, a teacher that runs without ``no_grad``, five decoder calls, and a shape
-mask from scikit-learn's PCA on the CPU. Ours is the step of ``dpal-edge train`` at its default settings. Both update a ViT-Ti
-from a ViT-B/16 teacher with random weights (speed does not depend on them) at 256x128, on the same views. The floor, in
-multiply-adds, is written beside the result.
+mask from scikit-learn's PCA on the CPU. Ours is the step of ``dpal-edge train`` at its default settings. Both update a
+ViT-Ti from a ViT-B/16 teacher with random weights (speed does not depend on them) at 256x128, on the same views. The
+floor, in multiply-adds, is written beside the result.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Teachers: any frozen model that turns images into tokens on the student's patch grid."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.files import sha256_of
-from dpal_edge.models.checkpoint import flatten_published, infer_vit, load_matching, read_tensors, split_dpal
+from dpal_edge.models.checkpoint import (
+    flatten_published,
+    infer_vit,
+    is_ours,
+    load_backbone,
+    load_matching,
+    read_tensors,
+    split_dpal,
+)
 from dpal_edge.models.vit import VisionTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,7 +97,8 @@ def load_teacher(
 
     Args:
         spec: ``timm:NAME`` (pretrained weights from timm's hub), ``timm:NAME@FILE`` (local weights into timm's
-            architecture), or ``FILE`` (a plain ViT in timm's or DPAL's layout; positions are resized as DPAL does).
+            architecture), or ``FILE`` (a plain ViT in timm's or DPAL's layout, positions resized as DPAL does; or
+            a checkpoint of this project).
         layer: block whose tokens are taken, 1 to depth; None is the last. The final norm is applied in either case.
         heads: attention heads of a ViT read from FILE; by default width / 64, as in ViT-S, -B and -L.
         student_patch: patch size of the student, in pixels.
@@ -102,37 +111,44 @@ def load_teacher(
     if spec.startswith("timm:"):
         return _timm_teacher(spec, layer, student_patch)
     path = Path(spec)
-    state, _ = split_dpal(flatten_published(read_tensors(path)))
-    known: dict[str, Any] = {"size": size} if size else {}
-    try:
-        config = infer_vit(state, pos_interp="2d-dino", **known)
-        heads = heads or max(config.width // 64, 1)
-        config = infer_vit(state, pos_interp="2d-dino", heads=heads, last_heads=heads, **known)
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}; for another architecture use timm:NAME@{path}") from error
-    layer = _check_layer(spec, layer, config.depth)
-    if config.width % heads:
-        raise ConfigError(f"teacher heads {heads}: {spec} has tokens of {config.width} channels, expected a divisor")
-    vit = VisionTransformer(config)
-    wanted = vit.state_dict()
-    if unknown := [key for key in state if key.startswith(_COMPUTING) and key not in wanted]:
-        raise ModelFileError(
-            f"{path}: a plain ViT has no {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, so its features "
-            f"would be wrong; for another architecture use timm:NAME@{path}"
-        )
+    vit, matched = _read_vit(path, heads, size)
+    layer = _check_layer(spec, layer, vit.config.depth)
     passport = Passport(
         spec=spec,
         sha256=sha256_of(path),
-        keys_matched=load_matching(vit, state, path, least=LEAST_MATCH),
+        keys_matched=matched,
         parameters=sum(p.numel() for p in vit.parameters()),
-        patch_size=config.patch_size,
-        width=config.width,
+        patch_size=vit.config.patch_size,
+        width=vit.config.width,
         layer=layer,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         licence="unknown",
     )
     return Teacher(vit, lambda images: vit(images, layer), passport, student_patch)
+
+
+def _read_vit(path: Path, heads: int | None, size: tuple[int, int] | None) -> tuple[VisionTransformer, float]:
+    """Read a plain ViT, and the share of its tensors that the file holds; a checkpoint of ours tells its own heads."""
+    if path.suffix == ".safetensors" and path.is_file() and is_ours(path):
+        return load_backbone(path)[0], 1.0
+    state, _ = split_dpal(flatten_published(read_tensors(path)))
+    known: dict[str, Any] = {"size": size} if size else {}
+    try:
+        config = infer_vit(state, pos_interp="2d-dino", **known)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}; for another architecture use timm:NAME@{path}") from error
+    heads = heads or max(config.width // 64, 1)
+    if config.width % heads:
+        raise ConfigError(f"teacher heads {heads}: {path} has tokens of {config.width} channels, expected a divisor")
+    vit = VisionTransformer(replace(config, heads=heads, last_heads=heads))
+    wanted = vit.state_dict()
+    if unknown := [key for key in state if key.startswith(_COMPUTING) and key not in wanted]:
+        raise ModelFileError(
+            f"{path}: a plain ViT has no {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, so its features "
+            f"would be wrong; for another architecture use timm:NAME@{path}"
+        )
+    return vit, load_matching(vit, state, path, least=LEAST_MATCH)
 
 
 def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:

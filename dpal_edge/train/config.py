@@ -206,8 +206,9 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             return tuple(_coerce(kind, item, name) for kind, item in zip(kinds, items, strict=True))
     elif origin is Literal:
         return str(value) if type(value) is int else value  # heads=3 is parsed as a number; the config checks the rest
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
     elif type(value) is hint:
         return value
     wanted = str(hint).replace("typing.", "") if origin else hint.__name__

@@ -100,7 +100,7 @@ class Dpal(nn.Module):
                 rows, columns = (side // self.backbone.config.patch_size for side in images.base.shape[-2:])
                 mask = self.mask(teacher[:, 1:], (rows, columns))
             return {
-                "global": global_loss(list(first.float().split(len(images.base))), teacher[:, :1]),
+                "global": global_loss(list(torch.split(first.float(), len(images.base))), teacher[:, :1]),
                 "local": local_loss(patches.float(), teacher[:, 1:], mask),
                 "relation": relation_loss(
                     crowd,

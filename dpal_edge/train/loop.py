@@ -103,7 +103,13 @@ def train(state: State, loader: TimedLoader, config: TrainConfig) -> Iterator[tu
         rate = learning_rate(state.step, config)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        values = train_step(state, images, progress=state.step / config.steps, max_norm=config.clip)
+        try:
+            values = train_step(state, images, progress=state.step / config.steps, max_norm=config.clip)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{state.device} has too little memory for batch={config.batch}; "
+                f"start a new run with --set batch={max(config.batch // 2, 1)}"
+            ) from error
         state.step += 1
         update_ema(state.ema, state.method.backbone, ema_decay(state.step, config))
         yield batch, values

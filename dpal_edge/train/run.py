@@ -7,7 +7,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -249,8 +249,9 @@ class _Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+        for stream in (self._file, self._board):
+            with suppress(OSError):  # lines are flushed as they are written: what fails here has failed there
+                stream.close()
 
     def add(self, step: int, values: dict[str, Tensor]) -> Record | None:
         """Take the values of update ``step``; at the end of an interval write and return its record.

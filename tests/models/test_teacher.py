@@ -139,7 +139,7 @@ def test_heads_are_a_64th_of_the_width_unless_given(tmp_path):
     default, given = (load_teacher(str(tmp_path / "t.safetensors"), heads=heads) for heads in (None, 4))
     assert default.model.config.heads == default.model.config.last_heads == 2
     assert given.model.config.last_heads == 4
-    with pytest.raises(ConfigError, match="teacher heads 3: .* tokens of 128 channels, expected a divisor"):
+    with pytest.raises(ConfigError, match=r"teacher heads 3: .* tokens of 128 channels, expected a divisor"):
         load_teacher(str(tmp_path / "t.safetensors"), heads=3)
 
 

@@ -91,7 +91,12 @@ def test_same_grid_is_identity_and_the_class_position_stays(mode):
 def test_tokens_equal_timm(layer_scale):
     config = ViTConfig(size=(64, 32), width=24, depth=3, heads=3, last_heads=3, layer_scale=layer_scale)
     theirs = TimmVisionTransformer(
-        img_size=config.size, embed_dim=24, depth=3, num_heads=3, num_classes=0, init_values=0.7 if layer_scale else None
+        img_size=config.size,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
+        num_classes=0,
+        init_values=0.7 if layer_scale else None,
     ).eval()
     torch.nn.init.normal_(theirs.cls_token)
     ours = VisionTransformer(config)

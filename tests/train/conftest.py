@@ -42,6 +42,15 @@ def write_teacher(path: Path, seed: int = 0, width: int = 16) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Models this small gain nothing from more, and lose much where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def people(tmp_path_factory) -> Path:
     return write_people(tmp_path_factory.mktemp("people") / "crops", 24)

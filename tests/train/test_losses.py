@@ -77,7 +77,7 @@ def test_relations_are_a_distribution_even_in_half_precision():
     [
         lambda student, teacher: global_loss([student[:, :1], student[:, 1:2]], teacher[:, :1]),
         lambda student, teacher: local_loss(student, teacher, torch.linspace(0.1, 1, 3).double().view(1, 3, 1)),
-        lambda student, teacher: _double_relation(student, teacher),
+        relation_loss,
     ],
     ids=["global", "local", "relation"],
 )
@@ -94,10 +94,6 @@ def test_gradients(loss):
         step = 1e-2 * direction
         difference = (loss(student + step, teacher) - loss(student - step, teacher)) / 2e-2
     assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-2)
-
-
-def _double_relation(student, teacher):
-    return relation_loss(student, teacher)
 
 
 def people_patches(batch=4, width=16, seed=0):

@@ -30,7 +30,7 @@ from dpal_edge.train.loop import (
 from dpal_edge.train.run import Watcher, read_run_config, run_training, state_tensors
 from tests.train.conftest import write_people, write_teacher
 
-COMMAND = [sys.executable, "-W", "error::UserWarning:dpal_edge", "-c", "from dpal_edge.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from dpal_edge.cli import main; main()"]
 
 
 class Recorder(Watcher):
@@ -229,7 +229,7 @@ def test_changed_teacher_is_refused(people, settings, tmp_path):
     run_training(config, tmp_path / "run", watcher=Recorder(at=1))
     write_teacher(teacher, seed=1)
     before = files(tmp_path / "run")
-    with pytest.raises(ModelFileError, match="the teacher .* has changed since the run began .* put the old file back"):
+    with pytest.raises(ModelFileError, match=r"the teacher .* has changed since the run began .* put the old file back"):
         run_training(config, tmp_path / "run", resume=True)
     assert files(tmp_path / "run") == before
 
@@ -432,7 +432,11 @@ def test_signal_to_the_command_saves_and_says_how_to_resume(finished, tmp_path, 
     run = tmp_path / "run"
     long = {**fields, "steps": 1000, "save_every": 999, "workers": workers}
     process = subprocess.Popen(
-        [*COMMAND, *options(long, run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, *options(long, run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     log = run / "metrics.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, process)
@@ -495,10 +499,18 @@ def test_full_disk_at_the_first_checkpoint(settings, tmp_path):
 
 
 def test_full_disk_for_the_metrics(settings, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(ConfigError, match="already holds a run"):
-        run_training(build_config(settings), tmp_path / "run")
+    done = subprocess.run(
+        [*COMMAND, *options({**settings, "steps": 20, "save_every": 99}, tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+    )
+    print(done.stderr)
+    assert done.returncode == 1
+    assert re.search(
+        r"^Error: \S+metrics\.jsonl: cannot be written \(File too large\); free some space", done.stderr, re.MULTILINE
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_command_describes_what_it_does(settings, tmp_path):
