@@ -1,7 +1,6 @@
 """What a checkpoint, run folder, bundle, weights file or ONNX file holds, as one JSON-ready description."""
 
 import importlib
-import struct
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -109,14 +108,14 @@ def _weights(path: Path) -> dict[str, Any]:
 
 
 def _onnx(path: Path) -> dict[str, Any]:
-    onnx = _import("onnx", "export")
+    onnx, protobuf = _import("onnx", "export"), _import("google.protobuf.message", "export")
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
     except (
         onnx.checker.ValidationError,
         ValueError,
-        struct.error,
+        protobuf.DecodeError,
         onnx.onnx_cpp2py_export.checker.ValidationError,
     ) as error:
         raise ModelFileError(f"{path}: not a valid ONNX file ({str(error).splitlines()[0]})") from error

@@ -74,7 +74,7 @@ def _summary(story: Story) -> str:
     return (
         f"<p>A {teacher:.0f} M-parameter vision transformer taught a {stripped.parameters_after / 1e6:.1f} M-parameter "
         f"ViT-Ti on unlabelled people, in {story.training.seconds:.0f} s on {story.training.device.upper()}. The "
-        f"student was exported, <span class=good>verified against torch (error {parity.max_rel_error:.1e})</span>, and "
+        f"student was exported, <span class=good>verified against torch ({parity.max_rel_error:.0e} off)</span>, and "
         f"run without torch on video, on people who enter after the part it learned from.</p>"
         f"<p class=soft>dpal-edge {__version__}, {story.seconds:.0f} s in all. This is a demonstration of every stage, "
         f"not a model to deploy: a few hundred crops from two clips teach little.</p>"

@@ -108,7 +108,8 @@ def _clear(out: Path) -> None:
     Raises:
         ConfigError: something else lies there.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists())):
+    foreign = out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARKER).exists()))
+    if out.is_symlink() or foreign:
         raise ConfigError(f"{out}: exists and is no earlier demo, it would be replaced; choose another --out")
     if out.exists():
         shutil.rmtree(out)
@@ -123,7 +124,9 @@ def _cut_crops(out: Path) -> int:
     cut_people(ROOM_CLIP, out / "unseen", first=NEW_PEOPLE, last=None, every=1)
     (out / "rooms").mkdir()
     for clip in (TABLE_CLIP, ROOM_CLIP):
-        cv2.imwrite(str(out / "rooms" / f"{clip.stem}.png"), empty_room(clip))
+        path = out / "rooms" / f"{clip.stem}.png"
+        if not cv2.imwrite(str(path), empty_room(clip)):
+            raise DataError(f"{path}: cannot be written; is the disk full?")
     return seen
 
 

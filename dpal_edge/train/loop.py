@@ -200,7 +200,9 @@ def _next(iterator: Iterator[Batch]) -> Batch | None:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Let Ctrl-C and SIGTERM reach the loop alone: it finishes the update in hand with batches that must still come."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Let Ctrl-C reach the loop alone: it finishes the update in hand with batches that must still come.
+
+    SIGTERM stays as it is: by it Python ends the workers that an error in the loop left behind.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -282,8 +282,8 @@ class _Metrics:
             self._write(record)
         except OSError as error:
             raise DataError(
-                f"{self._file.name}: cannot be written ({error.strerror}); free some space; the last checkpoint is "
-                f"intact, --resume goes on from there"
+                f"{self._file.name}: cannot be written ({error.strerror}); free some space, then "
+                f"--resume goes on from the last checkpoint"
             ) from error
         self._sums, self._first_step, self._start, self._waited = {}, step, now, self._loader.waited_s
         return record

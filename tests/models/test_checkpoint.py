@@ -74,6 +74,13 @@ def test_round_trip(written, parts, metadata):
     assert safetensors.torch.load_file(written).keys() == parts.keys()  # any reader of safetensors can read it
 
 
+@pytest.mark.parametrize("attempt", range(8))  # the format's writer shuffles the fields of the header
+def test_hashes_in_the_metadata_are_not_taken_for_its_own(tmp_path, attempt):
+    metadata = {"teacher": {"sha256": "0" * 64}, "text": f'"sha256":"{"0" * 64}"'}
+    write_checkpoint(tmp_path / "x.safetensors", {"a.b": torch.ones(3)}, metadata)
+    assert read_checkpoint(tmp_path / "x.safetensors").metadata == metadata
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_round_trip_of_types_and_shapes(tmp_path, dtype):
     tensors = {"a.scalar": torch.ones((), dtype=dtype), "a.empty": torch.zeros(0, 3, dtype=dtype)}

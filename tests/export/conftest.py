@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpal_edge.models.checkpoint import write_checkpoint
+from dpal_edge.models.vit import VisionTransformer, ViTConfig, init_student
+
+CONFIG = ViTConfig(size=(64, 32), width=24, depth=2, heads=2, last_heads=4)
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]  # unlike any that code could have by default
+
+
+def tiny_vit(seed: int) -> VisionTransformer:
+    vit = VisionTransformer(CONFIG)
+    generator = torch.Generator().manual_seed(seed)
+    init_student(vit, generator)
+    with torch.no_grad():
+        for parameter in vit.parameters():  # norms and biases as well, as training leaves none of them alike
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return vit.eval()
+
+
+@pytest.fixture(scope="session")
+def crops(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "crops"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (80, 40, 3)).astype(np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, crops) -> Path:
+    """A run folder with a checkpoint of a tiny student, its running mean, a decoder and a mask."""
+    run = tmp_path_factory.mktemp("export") / "run"
+    tensors = {f"backbone.{key}": value for key, value in tiny_vit(0).state_dict().items()}
+    tensors |= {f"ema.{key}": value for key, value in tiny_vit(1).state_dict().items()}
+    tensors |= {"decoder.expert.weight": torch.ones(30, 24), "mask.direction": torch.ones(8)}
+    metadata = {
+        "student": "vit_tiny",
+        "architecture": CONFIG.to_dict(),
+        "mean": MEAN,
+        "std": STD,
+        "step": 7,
+        "best": "ema",
+        "config": {"data": [str(crops)]},
+        "teacher": {"spec": "teacher.pth", "sha256": "0" * 64, "parameters": 1000},
+    }
+    write_checkpoint(run / "checkpoints" / "step-00000007.safetensors", tensors, metadata)
+    return run

@@ -1,0 +1,251 @@
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import numpy_helper
+from PIL import Image
+
+from dpal_edge.cli import main
+from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
+from dpal_edge.export.bundle import ExportSettings, describe, export, prove_stripped, read_crops, torch_outputs
+from dpal_edge.export.onnx import ExportedModel, count_parameters, write_onnx
+from dpal_edge.manifest import Manifest
+from dpal_edge.models.checkpoint import newest_checkpoint
+from dpal_edge.models.vit import VisionTransformer, init_student
+from dpal_edge.runtime.backend import open_backend
+from tests.export.conftest import CONFIG, MEAN, STD, tiny_vit
+
+PARAMETERS = sum(p.numel() for p in tiny_vit(1).parameters())
+
+
+def unexported():
+    """The model that the bundle was exported from."""
+    return ExportedModel(tiny_vit(1), CONFIG.size, tuple(MEAN), tuple(STD))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, checkpoint):
+    """A bundle; not to be changed by a test."""
+    out = tmp_path_factory.mktemp("bundles") / "bundle"
+    return out, export(checkpoint, out, ExportSettings())
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_bundle_verifies(exported, checkpoint):
+    out, written = exported
+    assert sorted(content(out)) == ["golden.npz", "manifest.json", "model.onnx"]
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]  # no draft is left beside it
+    manifest = Manifest.read(out)
+    assert manifest.model == "vit_tiny"
+    assert manifest.input == written.input
+    assert manifest.input.size == CONFIG.size
+    assert list(manifest.input.mean) == MEAN
+    [artifact] = manifest.artifacts
+    assert manifest.file(out, artifact.file).suffix == ".onnx"
+    assert artifact.parity.images == 12
+    assert artifact.parity.max_rel_error < 1e-5
+    assert artifact.parity.min_cosine > 0.99999
+    assert manifest.provenance["checkpoint"]["weights"] == "ema"
+    assert manifest.provenance["checkpoint"]["file"] == newest_checkpoint(checkpoint).name
+    assert manifest.provenance["step"] == 7
+    assert manifest.provenance["teacher"]["spec"] == "teacher.pth"
+
+
+def test_goldens_reproduce(exported):
+    out, manifest = exported
+    backend = open_backend(out / "model.onnx")
+    assert backend.inputs == {"images": (None, 64, 32, 3)}
+    with np.load(manifest.file(out, manifest.golden)) as golden:
+        images, expected = golden["images"], golden["embedding"]
+    assert images.shape == (8, 64, 32, 3)
+    assert images.dtype == np.uint8
+    for count in (1, 3, 8):
+        found = backend.run({"images": images[:count]})["embedding"]
+        np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_are_those_of_the_chosen_weights(exported, crops):
+    images = read_crops((str(crops),), CONFIG.size, 4)
+    found = open_backend(exported[0] / "model.onnx").run({"images": images})["embedding"]
+    normalised = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - column(MEAN)) / column(STD)
+    np.testing.assert_allclose(found, tiny_vit(1)(normalised)[:, 0], rtol=1e-4, atol=1e-5)
+    assert np.abs(found - tiny_vit(0)(normalised)[:, 0].numpy()).max() > 0.01
+
+
+def column(values):
+    return torch.tensor(values).view(3, 1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 32), (96, 64)])
+@pytest.mark.parametrize("value", [0, 255, None])
+def test_folding_is_exact(size, value):
+    vit = tiny_vit(0)
+    images = torch.full((2, *size, 3), value or 0, dtype=torch.uint8)
+    if value is None:
+        images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    folded = ExportedModel(vit, size, tuple(MEAN), tuple(STD)).eval()
+    expected = torch_outputs(vit, images.numpy(), tuple(MEAN), tuple(STD))
+    np.testing.assert_allclose(folded(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_backbone_is_left(exported):
+    out, manifest = exported
+    assert manifest.stripped.parameters_before == PARAMETERS + 720 + 1000
+    assert manifest.stripped.parameters_after == PARAMETERS - CONFIG.width  # class token and its position are one
+    assert manifest.stripped.removed == {"decoder": 720, "teacher": 1000}
+    names = count_parameters(out / "model.onnx")
+    assert not [name for name in names if name.startswith(("decoder", "teacher", "mask", "ema"))]
+
+
+@pytest.mark.parametrize("name", ["decoder.expert.weight", "hidden"])
+def test_extra_weights_are_found(exported, tmp_path, name):
+    model = onnx.load(exported[0] / "model.onnx")
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 5), np.float32), name))
+    onnx.save(model, tmp_path / "more.onnx")
+    expected = rf"export left {PARAMETERS - CONFIG.width + 20} weights in the graph, expected the backbone's"
+    with pytest.raises(ModelFileError, match=expected) as caught:
+        prove_stripped(tmp_path / "more.onnx", unexported(), {"backbone": PARAMETERS})
+    assert ("training parts: decoder.expert.weight" in str(caught.value)) == (name != "hidden")
+
+
+def test_missing_weights_are_found(exported, tmp_path):
+    model = onnx.load(exported[0] / "model.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    model.graph.initializer.remove(largest)
+    onnx.save(model, tmp_path / "less.onnx")
+    with pytest.raises(ModelFileError, match="weights in the graph, expected the backbone's"):
+        prove_stripped(tmp_path / "less.onnx", unexported(), {"backbone": PARAMETERS})
+
+
+def test_equal_tensors_are_counted_once(checkpoint, tmp_path):
+    fresh = VisionTransformer(CONFIG)  # all its norms and biases are alike, and the exporter merges them
+    init_student(fresh, torch.Generator().manual_seed(0))
+    model = ExportedModel(fresh.eval(), CONFIG.size, tuple(MEAN), tuple(STD))
+    write_onnx(model, tmp_path / "model.onnx", size=CONFIG.size, outputs=["embedding"])
+    assert prove_stripped(tmp_path / "model.onnx", model, {"backbone": PARAMETERS}).parameters_after < PARAMETERS
+
+
+def test_another_size(checkpoint, tmp_path):
+    manifest = export(checkpoint, tmp_path / "bundle", ExportSettings(size=(96, 64), weights="backbone"))
+    assert manifest.input.size == (96, 64)
+    assert manifest.provenance["checkpoint"]["weights"] == "backbone"
+    assert open_backend(tmp_path / "bundle" / "model.onnx").inputs == {"images": (None, 96, 64, 3)}
+    with pytest.raises(ConfigError, match=r"size \(90, 64\): expected multiples of the patch size 16"):
+        export(checkpoint, tmp_path / "other", ExportSettings(size=(90, 64)))
+
+
+def test_parity_failure_leaves_the_bundle_as_it_was(exported, checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    out.mkdir()
+    for name, data in content(exported[0]).items():
+        (out / name).write_bytes(data)
+    before = content(out)
+    with pytest.raises(
+        ParityError, match=r"model\.onnx: differs from torch by .* tolerance 1e-12 .* nothing was written"
+    ):
+        export(checkpoint, out, ExportSettings(tolerance=1e-12))
+    assert content(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_is_no_bundle_is_not_replaced(checkpoint, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").touch()
+    (tmp_path / "file").touch()
+    for name in ("photos", "file"):
+        with pytest.raises(ConfigError, match=f"{name}: exists and is no bundle; choose another --out"):
+            export(checkpoint, tmp_path / name, ExportSettings())
+    assert (tmp_path / "photos" / "mine.jpg").exists()
+
+
+def test_no_crops(checkpoint, tmp_path, crops):
+    with pytest.raises(DataError, match="nowhere: does not exist"):
+        export(checkpoint, tmp_path / "bundle", ExportSettings(calibration=(str(tmp_path / "nowhere"),)))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("text")
+    Image.new("RGB", (8, 8)).save(tmp_path / "bad" / "b.png")
+    with pytest.raises(DataError, match="bad: 1 readable images, expected at least 2 crops of people"):
+        export(checkpoint, tmp_path / "bundle", ExportSettings(calibration=(str(tmp_path / "bad"),)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_crops_are_spread_and_replaced_where_unreadable(tmp_path):
+    for i in range(10):
+        Image.new("RGB", (4, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_text("text")
+    reds = read_crops((str(tmp_path),), (16, 16), 5)[:, 0, 0, 0].tolist()
+    assert reds == [0, 2, 4, 6, 8]
+    (tmp_path / "4.png").write_text("text")
+    assert read_crops((str(tmp_path),), (16, 16), 5)[:, 0, 0, 0].tolist() == [0, 2, 6, 8, 1]
+    assert len(read_crops((str(tmp_path),), (16, 16), 99)) == 8
+
+
+def test_published_weights(tmp_path, crops):
+    torch.save(tiny_vit(0).state_dict(), tmp_path / "released.pth")
+    with pytest.raises(DataError, match=r"no real crops to compare .* --calibration DIR"):
+        export(tmp_path / "released.pth", tmp_path / "bundle", ExportSettings())
+    manifest = export(tmp_path / "released.pth", tmp_path / "bundle", ExportSettings(calibration=(str(crops),)))
+    assert manifest.stripped.removed == {}
+    assert manifest.input.size == CONFIG.size
+    assert manifest.provenance["teacher"] is None
+    assert "stripped  nothing" in describe(manifest, tmp_path)
+
+
+@pytest.mark.parametrize(("suffix", "message"), [(".safetensors", "damaged"), (".pth", "cut short")])
+def test_damaged_checkpoint(tmp_path, suffix, message, checkpoint):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(newest_checkpoint(checkpoint).read_bytes()[:1000] if suffix == ".safetensors" else b"")
+    with pytest.raises(ModelFileError, match=message):
+        export(path, tmp_path / "bundle", ExportSettings())
+    with pytest.raises(ModelFileError, match="no checkpoint in"):
+        export(tmp_path, tmp_path / "bundle", ExportSettings())
+
+
+def test_command(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    arguments = ["export", str(checkpoint), "--target", "onnx", "--out", str(out)]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((out / "manifest.json").read_text())
+    assert "stripped  decoder 0.00 M and teacher 0.00 M" in result.stderr
+    assert "verified  largest error" in result.stderr
+
+    failed = CliRunner().invoke(main, [*arguments, "--tolerance", "1e-12"])
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith("Error: model.onnx: differs from torch by ")
+    assert failed.stderr.count("\n") == 1
+
+    inspected = CliRunner().invoke(main, ["inspect", str(out), "--json"])
+    assert json.loads(inspected.stdout)["kind"] == "bundle, all files intact"
+    assert CliRunner().invoke(main, ["export", str(tmp_path / "none"), *arguments[2:]]).exit_code == 1
+
+
+def test_full_disk_is_one_line(checkpoint, tmp_path):
+    arguments = ["export", str(checkpoint), "--target", "onnx", "--out", str(tmp_path / "bundle")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # less than the graph
+    try:
+        result = CliRunner().invoke(main, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {tmp_path / 'bundle'}: cannot be written (File too large)")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_made(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"bundle: cannot be written \((File exists|Not a directory)\)"):
+        export(checkpoint, tmp_path / "file" / "bundle", ExportSettings())
+    assert isinstance(checkpoint, Path)
