@@ -123,7 +123,13 @@ def doctor(as_json: bool) -> None:
 @click.option("--embeddings", is_flag=True, help="Put embeddings into the JSON lines.")
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="Stop after N frames.")
 @click.option("--engine", metavar="NAME", help="Engine for the model; by default the one its file implies.")
-@click.option("--min-height", default=128, show_default=True, metavar="PIXELS", help="Smallest person to detect.")
+@click.option(
+    "--min-height",
+    default=128,
+    show_default=True,
+    metavar="PIXELS",
+    help="Smallest person to detect.",
+)
 @_json_option
 def run(
     bundle: Path, source: Path, frames: int | None, engine: str | None, min_height: int, as_json: bool, **outputs: Any

@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir() and (path / MANIFEST_NAME).exists():
         return _bundle(path)
     if (path / _CHECKPOINTS).is_dir():
-        return {"kind": "run folder", **_weights(_models("checkpoint").newest_checkpoint(path))}
+        return {"kind": "run folder", **_weights(_models("checkpoint").read_newest(path)[0])}
     if path.is_file() and path.suffix == ".onnx":
         return _onnx(path)
     if path.is_file() and path.suffix in _WEIGHTS:

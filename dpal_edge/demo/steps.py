@@ -15,8 +15,15 @@ from dpal_edge.demo.teacher import LAYER, TIMM_NAME, write_teacher
 from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.export.bundle import ExportSettings, export, read_crops, torch_outputs
 from dpal_edge.files import write_text
-from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, load_teacher
-from dpal_edge.models.vit import VisionTransformer, init_student, student_config
+from dpal_edge.models.teacher import load_teacher
+from dpal_edge.models.vit import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VisionTransformer,
+    init_student,
+    normalize,
+    student_config,
+)
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.pipeline import Pipeline
 from dpal_edge.runtime.video import RunSummary, Video, run_video
@@ -164,8 +171,7 @@ def _compare(out: Path, config: TrainConfig) -> Agreement:
     """Compare teacher, untrained student and exported student on crops of people that training has not seen."""
     crops = read_crops((str(out / "unseen"),), config.size, _COMPARED)
     with torch.no_grad():
-        images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
-        images = (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        images = normalize(torch.from_numpy(crops).permute(0, 3, 1, 2))
         teacher = load_teacher(config.teacher, layer=config.teacher_layer)(images)[:, 0].numpy()
     untrained = VisionTransformer(student_config(config.student, config.size))
     init_student(untrained, torch.Generator().manual_seed(config.seed))

@@ -22,8 +22,8 @@ from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
 from dpal_edge.export.onnx import INPUT_NAME, ExportedModel, count_parameters, write_onnx
 from dpal_edge.files import find_images, sha256_of
 from dpal_edge.manifest import MANIFEST_NAME, Artifact, FileSpec, HeadSpec, InputSpec, Manifest, Parity, Stripped
-from dpal_edge.models.checkpoint import load_backbone, newest_checkpoint
-from dpal_edge.models.vit import VisionTransformer
+from dpal_edge.models.checkpoint import load_backbone, read_newest
+from dpal_edge.models.vit import VisionTransformer, normalize
 from dpal_edge.runtime.backend import open_backend
 
 Crops = NDArray[np.uint8]  # (n, height, width, 3) RGB
@@ -53,7 +53,7 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
     """
     if out.is_symlink() or (out.exists() and not _may_replace(out)):
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out, it would be replaced")
-    path = newest_checkpoint(checkpoint) if checkpoint.is_dir() else checkpoint
+    path = read_newest(checkpoint)[0] if checkpoint.is_dir() else checkpoint
     backbone, metadata = load_backbone(path, weights=settings.weights)
     size = settings.size or backbone.config.size
     if any(side <= 0 or side % backbone.config.patch_size for side in size):
@@ -116,7 +116,10 @@ def read_crops(folders: tuple[str, ...], size: tuple[int, int], count: int) -> C
     """
     if not folders:
         raise DataError("no real crops to compare the exported model on; give a folder of them with --calibration DIR")
-    paths = find_images(folders).paths
+    try:
+        paths = find_images(folders).paths
+    except DataError as error:
+        raise DataError(f"{error}; give real crops with --calibration DIR") from error
     order = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
     crops = []
     for path in dict.fromkeys([*order, *paths]):  # the others stand in for those that cannot be read
@@ -137,8 +140,7 @@ def torch_outputs(
     backbone: VisionTransformer, crops: Crops, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> NDArray[np.float32]:
     """Return the embeddings (n, width) of uint8 ``crops`` by the unexported model in float32."""
-    images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
-    images = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    images = normalize(torch.from_numpy(crops).permute(0, 3, 1, 2), mean, std)
     tokens = torch.cat([backbone(chunk) for chunk in torch.split(images, 8)])
     embeddings: NDArray[np.float32] = tokens[:, 0].numpy()
     return embeddings
@@ -210,7 +212,7 @@ def _draft_beside(out: Path) -> Iterator[Path]:
 
 
 def _may_replace(out: Path) -> bool:
-    """Say whether ``out`` is an empty folder or a bundle of any schema version; other files are named manifest.json too."""
+    """Say whether ``out`` is an empty folder or a bundle of any schema; others have a manifest.json too."""
     if not out.is_dir():
         return False
     try:

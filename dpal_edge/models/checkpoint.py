@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dpal_edge.errors import ModelFileError
 from dpal_edge.files import atomic_path
-from dpal_edge.models.vit import STUDENTS, VisionTransformer, ViTConfig
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, STUDENTS, VisionTransformer, ViTConfig
 
 FORMAT = "dpal-edge checkpoint 1"
 CHECKPOINTS = "checkpoints"  # folder of a run
@@ -65,7 +65,6 @@ _DAMAGED = (
 )
 _NESTS = ("student", "teacher", "model", "state_dict")  # where published files keep their weights
 _WRAPPERS = ("module.", "backbone_module.")  # prefixes left by data parallelism
-_DEFAULT_MEAN, _DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,30 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob("step-*.safetensors"))
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint of a run folder by its step; its content is not checked.
+def read_newest(run: Path) -> tuple[Path, Checkpoint]:
+    """Find and read the newest checkpoint of a run folder, by its step.
 
     Raises:
-        ModelFileError: there is none.
+        ModelFileError: there is none, or it is damaged; then the newest intact one before it is named.
     """
     paths = list_checkpoints(run)
     if not paths:
-        raise ModelFileError(f"{run}: no checkpoint in {run / CHECKPOINTS}; expected the folder of a training run")
-    return paths[-1]
+        raise ModelFileError(f"{run}: no checkpoint in {run / CHECKPOINTS}; expected a training run that has saved one")
+    try:
+        return paths[-1], read_checkpoint(paths[-1])
+    except ModelFileError as error:
+        raise ModelFileError(f"{error}; {_offer_earlier(paths)}") from error
+
+
+def _offer_earlier(paths: list[Path]) -> str:
+    """Name the newest intact checkpoint before the last of ``paths``, which is damaged."""
+    for path in reversed(paths[:-1]):
+        try:
+            read_checkpoint(path)
+        except ModelFileError:
+            continue
+        return f"the previous one, {path.name}, is intact: remove {paths[-1].name} to go on from it"
+    return "no earlier checkpoint is intact: start a new run"
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -314,8 +327,8 @@ def _published_backbone(
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
     metadata = {
-        "mean": _DEFAULT_MEAN,
-        "std": _DEFAULT_STD,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "student": next((name for name, c in STUDENTS.items() if c.width == config.width), "vit"),
         "parameters": {
             name: sum(value.numel() for value in values.values())
@@ -338,14 +351,13 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def is_ours(path: Path) -> bool:
-    """Say whether a .safetensors file was written here; a damaged one counts as ours: reading it says what is wrong."""
+    """Say whether a .safetensors file was written here, by its metadata, also if it is damaged elsewhere."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return "dpal_edge" in (file.metadata() or {})
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file; expected a checkpoint") from error
-    except (safetensors.SafetensorError, OSError):
-        return True  # damaged: read_checkpoint says how
+        with path.open("rb") as file:
+            start = file.read(1 << 20)  # metadata come first in the header
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint") from error
+    return b'"dpal_edge"' in start
 
 
 def _published_size(loaded: dict[str, Any]) -> dict[str, Any]:

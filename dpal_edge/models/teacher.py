@@ -1,5 +1,6 @@
 """Teachers: any frozen model that turns images into tokens on the student's patch grid."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,9 +21,8 @@ from dpal_edge.models.checkpoint import (
     read_tensors,
     split_dpal,
 )
-from dpal_edge.models.vit import VisionTransformer
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Tensors that change what a ViT computes; others, such as the heads and decoders of pretraining, do not.
 _COMPUTING = ("blocks.", "patch_embed.", "norm_pre.", "reg", "storage_tokens", "cls_token_pos_embed", "rope")
 LEAST_MATCH = 0.95  # a teacher with fewer of its tensors found is refused: it would train a student on noise
@@ -33,7 +33,7 @@ class Passport:
     """What a run's teacher was: written into the run folder and into every checkpoint."""
 
     spec: str
-    sha256: str | None  # of the weights file; None when a hub served them
+    sha256: str  # of the weights file, or of the tensors where a hub served them
     keys_matched: float  # share of the model's tensors found in the file, 0..1
     parameters: int
     patch_size: int
@@ -164,8 +164,8 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
         raise ConfigError(f"teacher {spec!r}: {name} is not a ViT that takes images of any size ({error})") from error
     except (OSError, RuntimeError) as error:
         raise ModelFileError(
-            f"teacher {spec!r}: its weights cannot be fetched ({type(error).__name__}); "
-            f"download them and give timm:{name}@FILE"
+            f"teacher {spec!r}: its weights cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"check the name and the network, or give local weights as timm:{name}@FILE"
         ) from error
     if not hasattr(model, "blocks"):
         raise ConfigError(f"teacher {spec!r}: {name} is not a ViT: it has no sequence of blocks on one patch grid")
@@ -177,7 +177,7 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
     config = model.pretrained_cfg
     passport = Passport(
         spec=spec,
-        sha256=sha256_of(Path(file)) if file else None,
+        sha256=sha256_of(Path(file)) if file else _hash_weights(model),
         keys_matched=matched,
         parameters=sum(p.numel() for p in model.parameters()),
         patch_size=model.patch_embed.patch_size[0],
@@ -199,6 +199,13 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
         return torch.cat([first, patches], dim=1)
 
     return Teacher(model, tokens, passport, student_patch)
+
+
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_layer(spec: str, layer: int | None, depth: int) -> int:

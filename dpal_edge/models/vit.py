@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
+
 PosInterp = Literal["2d", "2d-dino", "1d"]
 PosInit = Literal["trunc_normal", "uniform"]
 
@@ -166,6 +168,13 @@ def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, in
             factors = [(w + 0.1) / s for w, s in zip(wanted, stored, strict=True)]
             resized = F.interpolate(image, scale_factor=factors, mode="bicubic")
     return torch.cat([cls, resized.flatten(2).mT.to(pos.dtype)], dim=1)
+
+
+def normalize(pixels: Tensor, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> Tensor:
+    """Shift and scale uint8 RGB images (B, 3, H, W) by a mean and standard deviation of 0..1; float32, same device."""
+    shift = torch.tensor(mean, device=pixels.device).view(3, 1, 1) * 255
+    scale = torch.tensor(std, device=pixels.device).view(3, 1, 1) * 255
+    return (pixels.float() - shift) / scale
 
 
 def init_student(vit: VisionTransformer, generator: torch.Generator, pos_init: PosInit = "trunc_normal") -> None:

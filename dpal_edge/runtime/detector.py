@@ -14,6 +14,7 @@ from dpal_edge.runtime.opencv import load_opencv
 # share of each side; it and the values below were measured on street and indoor video.
 _WINDOW = (128, 64)  # height, width
 _PERSON_HEIGHT = 96
+_LEAST_HEIGHT = 32  # below it the frame would be scaled up beyond use and memory
 _MARGIN = np.array([0.18, 0.09], np.float32)  # of the window's width, height
 _STRIDE = 8  # pixels between windows
 _PYRAMID_STEP = 1.05
@@ -61,8 +62,8 @@ class HogDetector:
     """
 
     def __init__(self, *, min_height: int = 128, threshold: float = 0.6) -> None:
-        if min_height < 1:
-            raise ConfigError(f"min_height is {min_height}, expected 1 or more pixels")
+        if min_height < _LEAST_HEIGHT:
+            raise ConfigError(f"min_height is {min_height}, expected {_LEAST_HEIGHT} or more pixels")
         cv2 = load_opencv()
         if not hasattr(cv2, "HOGDescriptor"):
             raise ConfigError(f"OpenCV {cv2.__version__} has no HOG people detector; pip install 'dpal-edge[camera]'")

@@ -53,8 +53,8 @@ _PACKAGES = (
 
 # Stage -> the modules it imports, and the extras that bring them.
 _STAGES = {
-    "train": (("torch", "timm", "safetensors", "PIL", "tqdm", "tensorboard"), "train"),
-    "export": (("torch", "timm", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime"), "export"),
+    "train": (("torch", "torchvision", "timm", "safetensors", "PIL", "tqdm", "tensorboard"), "train"),
+    "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime"), "export"),
     "run": (("onnxruntime", "cv2"), "onnxruntime,camera"),
 }
 

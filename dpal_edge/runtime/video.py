@@ -145,7 +145,9 @@ def describe(summary: RunSummary) -> str:
         f"{end} {summary.frames} frames, {summary.persons} persons, {summary.tracks} tracks, {summary.fps:.1f} frames/s"
     ]
     if summary.missing_frames:
-        lines.append(f"warning: the file declares {summary.missing_frames} more frames than could be decoded; was it cut short?")
+        lines.append(
+            f"warning: the file declares {summary.missing_frames} more frames than could be decoded; was it cut short?"
+        )
     for stage, latency in summary.latency_ms.items():
         lines.append(f"{stage:>6} {latency.mean:8.2f} ms/frame, p50 {latency.p50:.2f}, p95 {latency.p95:.2f}")
     return "\n".join(lines)

@@ -1,6 +1,8 @@
 """What ``dpal-edge train`` does with its options, and what a person sees of a run."""
 
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from dpal_edge.train.data import split_validation
 from dpal_edge.train.run import Record, Summary, Watcher, read_run_config, run_training
 
 _NAMED_FILES = 3  # files named in a line; the rest is counted
+_FOLDERS = ("data", "backgrounds", "crowd_data")
 _TERMS = ("loss", "global", "local", "relation", "router")
 
 
@@ -46,7 +49,7 @@ def train(
     if epochs is not None:
         fields["steps"] = _steps_of(epochs, steps, build_config({**fields, "steps": 1}))
     with ProgressBar() as bar:
-        return run_training(build_config(fields), run, resume=resume, watcher=bar)
+        return run_training(_anchored(build_config(fields)), run, resume=resume, watcher=bar)
 
 
 class ProgressBar(Watcher):
@@ -123,12 +126,27 @@ def describe(summary: Summary, run: Path) -> str:
     return "\n".join(lines)
 
 
+def _anchored(config: TrainConfig) -> TrainConfig:
+    """Make paths absolute, so that resume and export find the same files from any folder."""
+    folders: dict[str, Any] = {
+        name: tuple(str(Path(folder).resolve()) for folder in getattr(config, name)) for name in _FOLDERS
+    }
+    prefix, at, file = config.teacher.rpartition("@")
+    if config.teacher.startswith("timm:"):
+        teacher = f"{prefix}@{Path(file).resolve()}" if at else config.teacher
+    else:
+        teacher = str(Path(config.teacher).resolve())
+    return replace(config, teacher=teacher, **folders)
+
+
 def _named(files: list[str]) -> str:
     more = len(files) - _NAMED_FILES
     return ", ".join(files[:_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _steps_of(epochs: float, steps: int | None, config: TrainConfig) -> int:
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise ConfigError(f"--epochs is {epochs}, expected more than 0")
     if steps is not None:
         raise ConfigError("both --steps and --epochs are given; give one")
     found = find_images(config.data)

@@ -123,6 +123,8 @@ class TrainConfig:
             )
         if self.crowd_source != "paste" and not self.crowd_data:
             raise ConfigError(f"crowd_source is {self.crowd_source!r} but crowd_data is empty; name a folder of crowds")
+        if self.crowd_source == "paste" and self.crowd_data:
+            raise ConfigError("crowd_data is given but crowd_source is 'paste'; set crowd_source to real or mixed")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""

@@ -3,7 +3,7 @@
 A batch is a function of (seed, step): any number of workers, and a resumed run, see the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from dpal_edge.train.views import Pixels
 LOCAL_CROPS = 2
 # What Pillow raises on damaged files, besides errors of the file system.
 _UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)
-_TRIES = 20  # neighbours tried in place of an unreadable image before giving up
+_TRIES = 20  # images tried in place of an unreadable one before giving up
+_STRIDE = 7919  # a prime: steps through any number of images that it does not divide
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Batch:
     local: Tensor  # (LOCAL_CROPS * B, 3, h, w), all first crops before all second ones
     crowd: Tensor  # (B, 3, Hc, Wc)
     skipped: tuple[tuple[str, str], ...] = ()  # path, reason
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU run beside computation."""
+        return replace(self, base=self.base.pin_memory(), local=self.local.pin_memory(), crowd=self.crowd.pin_memory())
 
 
 def split_validation(paths: tuple[Path, ...], count: int, seed: int) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -58,7 +63,7 @@ class PersonBatches(Dataset[Batch]):
         """Decode, crop, augment and compose batch ``step``.
 
         Raises:
-            DataError: twenty images in a row are unreadable.
+            DataError: twenty images, tried one in place of the other, are unreadable.
         """
         config = self.config
         skipped: dict[str, str] = {}
@@ -104,13 +109,15 @@ class PersonBatches(Dataset[Batch]):
         background = views.background_view(image, config.crowd_size, rng)
         if config.crowd == "self":
             return views.paste_self(background, local[i][-1], base[i], rng)
-        other = int(rng.integers(len(base)))
+        other = (i + int(rng.integers(1, max(len(base), 2)))) % len(base)
         return views.paste_others(background, [base[i], base[other]], rng)
 
     def _read(self, paths: tuple[Path, ...], index: int, skipped: dict[str, str]) -> Image.Image:
-        """Decode image ``index``, or the nearest after it that can be read, noting in ``skipped`` those that cannot."""
-        for offset in range(_TRIES):
-            path = paths[(index + offset) % len(paths)]
+        """Decode image ``index``, or another in its place, noting in ``skipped`` those that cannot be read."""
+        tries = min(_TRIES, len(paths))
+        for attempt in range(tries):
+            # Far apart, because an interrupted copy leaves its empty files side by side.
+            path = paths[(index + attempt * _STRIDE) % len(paths)]
             try:
                 with Image.open(path) as image:
                     image.draft("RGB", (1024, 1024))  # large JPEGs decode several times faster at a reduced scale
@@ -119,7 +126,7 @@ class PersonBatches(Dataset[Batch]):
             except _UNREADABLE as error:
                 skipped[str(path)] = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise DataError(
-            f"{path}: cannot be read, nor can {_TRIES - 1} images before it ({skipped[str(path)]}); "
+            f"{path}: cannot be read, nor can {tries - 1} others tried in its place ({skipped[str(path)]}); "
             f"are these really images?"
         )
 

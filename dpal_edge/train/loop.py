@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, Teacher
-from dpal_edge.models.vit import VisionTransformer
+from dpal_edge.models.teacher import Teacher
+from dpal_edge.models.vit import VisionTransformer, normalize
 from dpal_edge.runtime.device import cpu_features
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import Batch, PersonBatches
@@ -38,7 +39,7 @@ class State:
 
 
 class TimedLoader:
-    """Iterate batches and add up the seconds that the loop waited for them."""
+    """Iterate batches once and add up the seconds that the loop waited for them; closing it ends its workers."""
 
     def __init__(self, batches: PersonBatches, steps: range, *, workers: int, device: torch.device) -> None:
         self.waited_s = 0.0
@@ -48,22 +49,40 @@ class TimedLoader:
             batch_size=None,  # an item is a whole batch
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_ignore_signals,
         )
 
+        self._iterator: Iterator[Batch] | None = None
+
+    def __enter__(self) -> "TimedLoader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def __iter__(self) -> Iterator[Batch]:
-        iterator = iter(self._loader)
-        while True:
-            start = time.perf_counter()
-            batch = _next(iterator)
-            self.waited_s += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+        self._iterator = iter(self._loader)
+        try:
+            while True:
+                start = time.perf_counter()
+                batch = _next(self._iterator)
+                self.waited_s += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the workers: they ignore signals, so nothing else would before the interpreter waits for them."""
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            self._iterator._shutdown_workers()
 
 
-def choose_device(config: TrainConfig) -> tuple[torch.device, str]:
+def choose_device(config: TrainConfig, *, earlier: str | None = None) -> tuple[torch.device, str]:
     """Resolve ``auto``: CUDA if there is one; bf16 where the device multiplies it faster than float32.
+
+    A run that goes on keeps its ``earlier`` precision, so that it does not change half-way on another machine.
 
     Raises:
         ConfigError: a device that torch does not see, or fp16 without CUDA.
@@ -76,7 +95,7 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, str]:
         raise ConfigError(
             f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try --set device=cpu"
         ) from error
-    precision: str = config.precision
+    precision: str = earlier if earlier and config.precision == "auto" else config.precision
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_features().fast_bf16
         precision = "bf16" if fast else "float32"
@@ -130,20 +149,22 @@ def train_step(state: State, images: Images, *, progress: float, max_norm: float
 
 
 @torch.no_grad()
-def validate(state: State, batches: PersonBatches, count: int) -> dict[str, float]:
-    """Return the mean loss of ``backbone`` and ``ema`` over the first ``count`` validation batches."""
+def validate(state: State, batches: PersonBatches, count: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the mean loss of ``backbone`` and ``ema`` over the first ``count`` batches, and what could not be read."""
     method, trained = state.method.eval(), state.method.backbone
-    means = {}
-    for name, backbone in (("backbone", trained), ("ema", state.ema)):
-        method.backbone = backbone
-        total = torch.zeros((), device=state.device)
-        for i in range(count):
+    totals = {name: torch.zeros((), device=state.device) for name in ("backbone", "ema")}
+    skipped: dict[str, str] = {}
+    for i in range(count):
+        batch = batches[i]
+        skipped.update(batch.skipped)
+        images = to_images(batch, state.device)
+        for name, backbone in (("backbone", trained), ("ema", state.ema)):
+            method.backbone = backbone
             with autocast(state.device, state.precision):
-                total += method(to_images(batches[i], state.device), 1.0)["loss"].float()
-        means[name] = total.item() / count
-    method.backbone = trained
+                totals[name] += method(images, 1.0)["loss"].float()
+        method.backbone = trained
     method.train()
-    return means
+    return {name: total.item() / count for name, total in totals.items()}, skipped
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -173,11 +194,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 def to_images(batch: Batch, device: torch.device) -> Images:
     """Move a batch to ``device`` and normalise it there with the ImageNet mean and std."""
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1) * 255
-    base, local, crowd = (
-        (view.to(device, non_blocking=True).float() - mean) / std for view in (batch.base, batch.local, batch.crowd)
-    )
+    views = (batch.base, batch.local, batch.crowd)
+    base, local, crowd = (normalize(view.to(device, non_blocking=True)) for view in views)
     return Images(base, local, crowd)
 
 
@@ -192,17 +210,25 @@ def _parameter_groups(method: Dpal, config: TrainConfig) -> list[dict[str, objec
 
 
 def _next(iterator: Iterator[Batch]) -> Batch | None:
-    """Return the next batch, None at the end; an error from a worker without the worker's traceback in its text."""
+    """Return the next batch, None at the end.
+
+    Raises:
+        DataError: what a worker raised, without its traceback in the text; or a worker died.
+    """
     try:
         return next(iterator, None)
     except DataError as error:
         raise DataError(str(error).strip().splitlines()[-1].partition("DataError: ")[2] or str(error)) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker died ({error}); give more shared memory (docker run --shm-size=8g), fewer workers "
+            f"(--set workers=1), or none (--set workers=0)"
+        ) from error
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Let Ctrl-C reach the loop alone: it finishes the update in hand with batches that must still come.
-
-    SIGTERM stays as it is: by it Python ends the workers that an error in the loop left behind.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _ignore_signals(worker: int) -> None:
+    """Let Ctrl-C and SIGTERM reach the loop alone: it finishes the update in hand with batches that must still come."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -93,9 +93,9 @@ class ShapeMask(nn.Module):
             return mask.view(*patches.shape[:2], 1)
 
     def _foreground_scores(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Project centred ``points`` (B * N, O) on their signed, slowly moving first component."""
-        start = torch.where(self.direction.any(), self.direction, points[points.square().sum(1).argmax()])
-        direction = start
+        """Project centred ``points`` (B * N, O) on the signed running mean of first components."""
+        known = self.direction.any()
+        direction = torch.where(known, self.direction, points[points.square().sum(1).argmax()])
         for _ in range(self.iterations):
             direction = F.normalize(points.T @ (points @ direction), dim=0)
         scores = points @ direction
@@ -103,12 +103,12 @@ class ShapeMask(nn.Module):
         image = scores.view(-1, rows, columns)
         middle = image[:, rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4].mean()
         edge = image[:, :, [0, -1]].mean()
-        sign = torch.where(middle >= edge, 1.0, -1.0)
+        direction = torch.where(middle >= edge, direction, -direction)
         if self.training:
-            mixed = self.momentum * self.direction + (1 - self.momentum) * sign * direction
-            self.direction.copy_(F.normalize(mixed, dim=0))
-        signed: Tensor = sign * scores
-        return signed
+            mixed = F.normalize(self.momentum * self.direction + (1 - self.momentum) * direction, dim=0)
+            self.direction.copy_(mixed)
+            return points @ mixed
+        return points @ torch.where(known, self.direction, direction)
 
 
 def _percentiles(values: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

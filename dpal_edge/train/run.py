@@ -1,5 +1,6 @@
 """A run folder: settings, passport, metrics and checkpoints; start, stop and resume."""
 
+import hashlib
 import json
 import math
 import os
@@ -25,11 +26,11 @@ from dpal_edge.models.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
     list_checkpoints,
-    newest_checkpoint,
-    read_checkpoint,
+    read_newest,
     write_checkpoint,
 )
-from dpal_edge.models.teacher import IMAGENET_MEAN, IMAGENET_STD, check_features, load_teacher, passport_fields
+from dpal_edge.models.teacher import check_features, load_teacher, passport_fields
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import PersonBatches, split_validation
 from dpal_edge.train.loop import (
@@ -43,7 +44,9 @@ from dpal_edge.train.loop import (
     validate,
 )
 
-MAY_CHANGE = frozenset({"steps", "workers", "device", "log_every", "save_every", "keep"})  # between start and resume
+MAY_CHANGE = frozenset(
+    {"steps", "workers", "device", "log_every", "save_every", "keep", "base_lr", "clip", "precision"}
+)  # between start and resume
 _CALLS = ("global", "local", "relation")
 
 
@@ -111,20 +114,21 @@ def run_training(config: TrainConfig, run: Path, *, resume: bool = False, watche
         _refuse_used(run)
     found = find_images(config.data)
     train_paths, validation_paths = split_validation(found.paths, config.validation_images, config.seed)
-    device, precision = choose_device(config)
+    device, precision = choose_device(config, earlier=saved.metadata["written"]["precision"] if saved else None)
     teacher = load_teacher(config.teacher, layer=config.teacher_layer, heads=config.teacher_heads)
     teacher.to(device)
     state = build_state(config, teacher, device, precision)
     probe = to_images(PersonBatches(train_paths, config, batch=min(8, len(train_paths)))[0], device)
     passport = {**passport_fields(teacher.passport), "feature_check": check_features(teacher, probe.base)}
+    images = {"count": len(found.paths), "sha256": _digest(found.paths)}
     if saved is not None:
-        _restore(state, saved, passport)
+        _restore(state, saved, passport, images)
     watcher.started(_facts(state, passport, len(train_paths), len(validation_paths), found.ignored, config))
 
     write_text(run / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     write_text(run / "teacher.json", json.dumps(passport, indent=2) + "\n")
     validation = PersonBatches(validation_paths, config) if validation_paths else None
-    saver = _Saver(run, config, passport, validation)
+    saver = _Saver(run, config, {"teacher": passport, "images": images}, validation)
     return _follow(state, PersonBatches(train_paths, config), saver, watcher)
 
 
@@ -147,23 +151,22 @@ def _follow(state: State, batches: PersonBatches, saver: "_Saver", watcher: Watc
     config = saver.config
     workers = _workers(config, state.device)
     loader = TimedLoader(batches, range(state.step, config.steps), workers=workers, device=state.device)
-    skipped: dict[str, str] = {}
     started, first_step = time.perf_counter(), state.step
-    with _stop_signals() as stopped, _Metrics(saver.run, state.step, config, loader) as metrics:
-        for batch, values in train(state, loader, config):
-            skipped.update(batch.skipped)
-            watcher.updated(state.step)
-            if record := metrics.add(state.step, values):
-                watcher.recorded(record)
-            if stopped:
-                break
-            if state.step % config.save_every == 0 and state.step < config.steps:
-                saver.save(state)
-        seconds = time.perf_counter() - started
-        checkpoint = saver.save(state)
-    if skipped:
-        lines = [json.dumps({"file": file, "reason": reason}) for file, reason in sorted(skipped.items())]
-        write_text(saver.run / "skipped.jsonl", "\n".join(lines) + "\n")
+    try:
+        with _stop_signals() as stopped, loader, _Metrics(saver, state.step, loader) as metrics:
+            for batch, values in train(state, loader, config):
+                saver.skipped.update(batch.skipped)
+                watcher.updated(state.step)
+                if record := metrics.add(state.step, values):
+                    watcher.recorded(record)
+                if stopped:
+                    break
+                if state.step % config.save_every == 0 and state.step < config.steps:
+                    saver.save(state)
+            seconds = time.perf_counter() - started - saver.seconds
+            checkpoint = saver.save(state)
+    finally:
+        saver.write_skipped()
     return Summary(
         checkpoint=checkpoint,
         step=state.step,
@@ -175,7 +178,7 @@ def _follow(state: State, batches: PersonBatches, saver: "_Saver", watcher: Watc
         data_wait=loader.waited_s / seconds,
         last=metrics.last,
         validation=saver.losses,
-        skipped=skipped,
+        skipped=saver.skipped,
     )
 
 
@@ -183,32 +186,57 @@ class _Saver:
     """Write checkpoints into a run folder, newest ``keep`` kept, and say which weights of the last are best."""
 
     def __init__(
-        self, run: Path, config: TrainConfig, passport: dict[str, Any], validation: PersonBatches | None
+        self, run: Path, config: TrainConfig, origin: dict[str, Any], validation: PersonBatches | None
     ) -> None:
-        self.run, self.config, self.passport, self.validation = run, config, passport, validation
-        self.losses: dict[str, float] = {}
+        self.run, self.config = run, config
+        self.losses: dict[str, float] = {}  # of the last checkpoint's weights on held-out images
+        self.skipped: dict[str, str] = {}  # unreadable files and why
+        self.seconds = 0.0  # spent here so far; not part of the training speed
+        self._origin, self._validation = origin, validation
 
     def save(self, state: State) -> Path:
-        """Validate, write ``step-N.safetensors`` unless it is there, drop old ones, and return its path."""
+        """Validate, write ``step-N.safetensors`` unless it is there, drop old ones, and return its path.
+
+        Raises:
+            DataError: the weights are not finite, or the file cannot be written; earlier checkpoints stay.
+        """
         path = self.run / CHECKPOINTS / f"step-{state.step:08d}.safetensors"
         if path.exists():
             return path  # resumed at the very end: nothing has changed since
-        if self.validation is not None:
-            count = -(-len(self.validation.paths) // self.config.batch)
-            self.losses = validate(state, self.validation, count)
+        start = time.perf_counter()
         try:
+            if not all(parameter.isfinite().all() for parameter in state.method.backbone.parameters()):
+                raise DataError(f"the weights are not finite at update {state.step}, so they are not saved")
+            if self._validation is not None:
+                count = -(-len(self._validation.paths) // self.config.batch)
+                self.losses, skipped = validate(state, self._validation, count)
+                self.skipped.update(skipped)
             write_checkpoint(path, state_tensors(state), self._metadata(state))
         except DataError as error:
-            older = list_checkpoints(self.run)
-            rest = f"{older[-1]} is intact, --resume goes on from there" if older else "no earlier checkpoint exists"
-            raise DataError(f"{error}; {rest}") from error
+            raise DataError(f"{error}; {self.fallback()}") from error
         for old in list_checkpoints(self.run)[: -self.config.keep]:
             old.unlink()
+        self.seconds += time.perf_counter() - start
         return path
+
+    def fallback(self) -> str:
+        """Say from where a run that failed can go on."""
+        older = list_checkpoints(self.run)
+        return f"{older[-1]} is intact, --resume goes on from there" if older else "no earlier checkpoint exists"
+
+    def write_skipped(self) -> None:
+        """Write ``skipped.jsonl``, with what earlier sessions of the run skipped."""
+        path = self.run / "skipped.jsonl"
+        if not self.skipped:
+            return
+        earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = [json.dumps({"file": file, "reason": reason}) for file, reason in self.skipped.items()]
+        write_text(path, "\n".join(sorted({*earlier, *lines})) + "\n")
 
     def _metadata(self, state: State) -> dict[str, Any]:
         best = min(self.losses, key=self.losses.__getitem__, default="backbone")
         return {
+            **self._origin,
             "student": self.config.student,
             "architecture": state.method.backbone.config.to_dict(),
             "mean": IMAGENET_MEAN,
@@ -217,7 +245,6 @@ class _Saver:
             "best": best,
             "validation": self.losses,
             "config": self.config.to_dict(),
-            "teacher": self.passport,
             "scaler": state.scaler.state_dict(),
             "written": {
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -233,17 +260,16 @@ class _Saver:
 class _Metrics:
     """Average what the loop yields over each logging interval; write ``metrics.jsonl`` and TensorBoard events."""
 
-    def __init__(self, run: Path, step: int, config: TrainConfig, loader: TimedLoader) -> None:
+    def __init__(self, saver: _Saver, step: int, loader: TimedLoader) -> None:
         self.last: Record | None = None
-        self._config, self._loader = config, loader
-        path = run / "metrics.jsonl"
+        self._saver, self._config, self._loader = saver, saver.config, loader
+        path = saver.run / "metrics.jsonl"
         if path.exists():  # drop what came after the checkpoint that training goes on from
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(run / "tensorboard", purge_step=step)
-        self._sums: dict[str, Tensor] = {}
-        self._first_step, self._start, self._waited = step, time.perf_counter(), loader.waited_s
+        self._board = SummaryWriter(saver.run / "tensorboard", purge_step=step + 1)
+        self._begin(step)
 
     def __enter__(self) -> "_Metrics":
         return self
@@ -263,8 +289,7 @@ class _Metrics:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         if step % self._config.log_every and step < self._config.steps:
             return None
-        updates, now = step - self._first_step, time.perf_counter()
-        seconds = now - self._start
+        updates, seconds = step - self._first_step, self._clock() - self._start
         record = Record(
             step=step,
             images_per_s=updates * self._config.batch / seconds,
@@ -275,23 +300,33 @@ class _Metrics:
         # The gradients of an update that fp16 skipped may overflow; losses may not.
         if not all(math.isfinite(value) for name, value in record.values.items() if name != "grad_norm"):
             raise DataError(
-                f"the loss is not finite at update {step} ({record.values}); the last checkpoint is intact: "
-                f"resume with a smaller base_lr, or with precision=float32"
+                f"the loss is not finite at update {step}; {self._saver.fallback()}, with a smaller --set base_lr or "
+                f"with --set precision=float32"
             )
         try:
             self._write(record)
         except OSError as error:
             raise DataError(
-                f"{self._file.name}: cannot be written ({error.strerror}); free some space, then "
-                f"--resume goes on from the last checkpoint"
+                f"{self._file.name}: cannot be written ({error.strerror}); free some space; {self._saver.fallback()}"
             ) from error
-        self._sums, self._first_step, self._start, self._waited = {}, step, now, self._loader.waited_s
+        self._begin(step)
         return record
+
+    def _begin(self, step: int) -> None:
+        """Start an interval after update ``step``."""
+        self._sums: dict[str, Tensor] = {}
+        self._first_step, self._start, self._waited = step, self._clock(), self._loader.waited_s
+
+    def _clock(self) -> float:
+        """Seconds, without those that went into checkpoints."""
+        return time.perf_counter() - self._saver.seconds
 
     def _write(self, record: Record) -> None:
         self.last = record
         numbers = {"images_per_s": record.images_per_s, "data_wait": record.data_wait, "lr": record.lr, **record.values}
-        self._file.write(json.dumps({"step": record.step, **numbers}) + "\n")
+        # JSON has no infinity, which the gradient norm of an update that fp16 skipped may be.
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": record.step, **finite}) + "\n")
         self._file.flush()
         for name, value in numbers.items():
             self._board.add_scalar(name, value, record.step)
@@ -307,12 +342,17 @@ def state_tensors(state: State) -> dict[str, Tensor]:
     return tensors
 
 
-def _restore(state: State, saved: Checkpoint, passport: dict[str, Any]) -> None:
+def _restore(state: State, saved: Checkpoint, passport: dict[str, Any], images: dict[str, Any]) -> None:
     """Put ``state`` back to where ``saved`` was written.
 
     Raises:
-        ModelFileError: the teacher is another one than the run began with.
+        ModelFileError: the teacher or the list of images is another than the run began with.
     """
+    if (first := saved.metadata["images"]) != images:
+        raise ModelFileError(
+            f"the images have changed since the run began ({first['count']} then, {images['count']} now, or other "
+            f"names): put them back, or start a new run"
+        )
     before = saved.metadata["teacher"]
     if before["sha256"] != passport["sha256"]:
         raise ModelFileError(
@@ -334,6 +374,10 @@ def _restore(state: State, saved: Checkpoint, passport: dict[str, Any]) -> None:
     state.step = saved.metadata["step"]
 
 
+def _digest(paths: tuple[Path, ...]) -> str:
+    return hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()
+
+
 def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint:
     """Read the newest checkpoint of ``run``.
 
@@ -341,11 +385,7 @@ def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint:
         ModelFileError: none is there, or it is damaged; then the newest intact one before it is named.
         ConfigError: the run was started with other settings, or is finished.
     """
-    path = newest_checkpoint(run)
-    try:
-        saved = read_checkpoint(path)
-    except ModelFileError as error:
-        raise ModelFileError(f"{error}; {_offer_previous(run, path)}") from error
+    _, saved = read_newest(run)
     before = saved.metadata["config"]
     changed = [k for k, v in config.to_dict().items() if v != before.get(k) and k not in MAY_CHANGE]
     if changed:
@@ -358,20 +398,8 @@ def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint:
     return saved
 
 
-def _offer_previous(run: Path, damaged: Path) -> str:
-    for path in reversed(list_checkpoints(run)):
-        if path == damaged:
-            continue
-        try:
-            read_checkpoint(path)
-        except ModelFileError:
-            continue
-        return f"the previous one, {path.name}, is intact: remove {damaged.name}, and --resume goes on from there"
-    return "no earlier checkpoint is intact: start a new run"
-
-
 def _refuse_used(run: Path) -> None:
-    if list_checkpoints(run) or (run / "metrics.jsonl").exists():
+    if list_checkpoints(run):
         raise ConfigError(f"{run}: already holds a run; go on with it by --resume, or choose another --out")
 
 

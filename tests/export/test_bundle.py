@@ -15,7 +15,7 @@ from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
 from dpal_edge.export.bundle import ExportSettings, describe, export, prove_stripped, read_crops, torch_outputs
 from dpal_edge.export.onnx import ExportedModel, count_parameters, write_onnx
 from dpal_edge.manifest import Manifest
-from dpal_edge.models.checkpoint import newest_checkpoint
+from dpal_edge.models.checkpoint import read_newest
 from dpal_edge.models.vit import VisionTransformer, init_student
 from dpal_edge.runtime.backend import open_backend
 from tests.export.conftest import CONFIG, MEAN, STD, tiny_vit
@@ -54,7 +54,7 @@ def test_bundle_verifies(exported, checkpoint):
     assert artifact.parity.max_rel_error < 1e-5
     assert artifact.parity.min_cosine > 0.99999
     assert manifest.provenance["checkpoint"]["weights"] == "ema"
-    assert manifest.provenance["checkpoint"]["file"] == newest_checkpoint(checkpoint).name
+    assert manifest.provenance["checkpoint"]["file"] == read_newest(checkpoint)[0].name
     assert manifest.provenance["step"] == 7
     assert manifest.provenance["teacher"]["spec"] == "teacher.pth"
 
@@ -140,7 +140,7 @@ def test_another_size(checkpoint, tmp_path):
     assert manifest.input.size == (96, 64)
     assert manifest.provenance["checkpoint"]["weights"] == "backbone"
     assert open_backend(tmp_path / "bundle" / "model.onnx").inputs == {"images": (None, 96, 64, 3)}
-    with pytest.raises(ConfigError, match=r"size \(90, 64\): expected multiples of the patch size 16"):
+    with pytest.raises(ConfigError, match=r"size \(90, 64\): expected positive multiples of the patch size 16"):
         export(checkpoint, tmp_path / "other", ExportSettings(size=(90, 64)))
 
 
@@ -204,7 +204,7 @@ def test_published_weights(tmp_path, crops):
 @pytest.mark.parametrize(("suffix", "message"), [(".safetensors", "damaged"), (".pth", "cut short")])
 def test_damaged_checkpoint(tmp_path, suffix, message, checkpoint):
     path = tmp_path / f"x{suffix}"
-    path.write_bytes(newest_checkpoint(checkpoint).read_bytes()[:1000] if suffix == ".safetensors" else b"")
+    path.write_bytes(read_newest(checkpoint)[0].read_bytes()[:1000] if suffix == ".safetensors" else b"")
     with pytest.raises(ModelFileError, match=message):
         export(path, tmp_path / "bundle", ExportSettings())
     with pytest.raises(ModelFileError, match="no checkpoint in"):

@@ -19,8 +19,8 @@ from dpal_edge.models.checkpoint import (
     list_checkpoints,
     load_backbone,
     load_matching,
-    newest_checkpoint,
     read_checkpoint,
+    read_newest,
     read_tensors,
     split_dpal,
     write_checkpoint,
@@ -194,7 +194,7 @@ def test_random_damage_never_raises_anything_else(written):
 def test_missing_checkpoint_and_folder_are_refused(tmp_path):
     with pytest.raises(ModelFileError, match=r"none\.safetensors: cannot be read \(No such file"):
         read_checkpoint(tmp_path / "none.safetensors")
-    with pytest.raises(ModelFileError, match="no such file"):
+    with pytest.raises(ModelFileError, match="No such file"):
         load_backbone(tmp_path / "none.safetensors")
     with pytest.raises(ModelFileError, match="Is a directory"):
         read_checkpoint(tmp_path)
@@ -208,15 +208,20 @@ def test_foreign_safetensors_are_not_ours(tmp_path, written):
         read_checkpoint(tmp_path / "foreign.safetensors")
 
 
-def test_newest_checkpoint_is_by_step(tmp_path):
+def test_read_newest_is_by_step(tmp_path):
     folder = tmp_path / CHECKPOINTS
     folder.mkdir()
-    with pytest.raises(ModelFileError, match=r"no checkpoint in .*; expected the folder of a training run"):
-        newest_checkpoint(tmp_path)
+    with pytest.raises(ModelFileError, match=r"no checkpoint in .*; expected a training run that has saved one"):
+        read_newest(tmp_path)
     for step in (200, 1000, 99):
-        (folder / f"step-{step:08d}.safetensors").touch()
+        write_checkpoint(folder / f"step-{step:08d}.safetensors", {"backbone.w": torch.ones(2)}, {"step": step})
     (folder / ".step-00002000.1.partial.safetensors").touch()
-    assert newest_checkpoint(tmp_path).name == "step-00001000.safetensors"
+    path, newest = read_newest(tmp_path)
+    assert path.name == "step-00001000.safetensors"
+    assert newest.metadata["step"] == 1000
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelFileError, match=r"damaged.*step-00000200.safetensors, is intact: remove step-00001000"):
+        read_newest(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 3
 
 

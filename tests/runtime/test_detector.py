@@ -33,7 +33,7 @@ def test_hog_finds_nobody_on_grey(size):
 
 
 def test_hog_parameters():
-    with pytest.raises(ConfigError, match="min_height is 0, expected 1 or more pixels"):
+    with pytest.raises(ConfigError, match="min_height is 0, expected 32 or more pixels"):
         HogDetector(min_height=0)
 
 

@@ -108,7 +108,7 @@ def test_outputs_that_cannot_be(pipeline, clip, tmp_path):
     with Video(path) as video:
         with pytest.raises(ConfigError, match=r"cannot write '\.gif' video, expected one of: \.mp4, \.webm, \.avi"):
             run_video(pipeline, video, out=tmp_path / "out.gif")
-        with pytest.raises(ConfigError, match=r"clip\.avi: is the source itself"):
+        with pytest.raises(ConfigError, match=r"clip\.avi: source and outputs must be different files"):
             run_video(pipeline, video, out=path)
         (tmp_path / "file").write_text("")
         with pytest.raises(DataError, match="cannot be written"):
@@ -156,7 +156,7 @@ def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     [
         (["--source", "absent.mp4"], "absent.mp4: no such file, expected a video"),
         (["--engine", "tensorrt"], "holds onnx, which tensorrt cannot run; engines here: onnxruntime"),
-        (["--min-height", "0"], "min_height is 0, expected 1 or more pixels"),
+        (["--min-height", "0"], "min_height is 0, expected 32 or more pixels"),
         (["--out", "x.gif"], "cannot write '.gif' video"),
     ],
 )

@@ -76,7 +76,7 @@ def test_every_choice_is_accepted():
     for name, hint in typing.get_type_hints(TrainConfig).items():
         if typing.get_origin(hint) is typing.Literal:
             for value in typing.get_args(hint):
-                extra = {"crowd_data": ["crowds"]} if name == "crowd_source" else {}
+                extra = {"crowd_data": ["crowds"]} if value in ("real", "mixed") else {}
                 assert getattr(build_config({name: value, **extra}), name) == value
 
 
