@@ -81,17 +81,18 @@ def line_chart(title: str, xs: Sequence[float], ys: Sequence[float], *, x_label:
 
 def bars(rows: Sequence[tuple[str, float, str]], *, accent: str) -> str:
     """Return horizontal bars as SVG: (label, value >= 0, value as text); the row ``accent`` stands out."""
-    width, step, left = 640, 30, 150
+    width, step, left = 420, 30, 130
     widest = max(value for _, value, _ in rows) or 1.0
     parts = []
     for i, (label, value, shown) in enumerate(rows):
-        y, length = i * step, max(value / widest * (width - left - 90), 1)
+        y, length = i * step, max(value / widest * (width - left - 70), 1)
         colour = "var(--good)" if label == accent else "var(--soft)"
         parts.append(f'<text x="{left - 8}" y="{y + 19}" text-anchor="end">{escape(label)}</text>')
         parts.append(f'<rect x="{left}" y="{y + 5}" width="{length:.1f}" height="20" rx="3" fill="{colour}"/>')
         parts.append(f'<text x="{left + length + 8:.1f}" y="{y + 19}">{escape(shown)}</text>')
     label = escape(", ".join(f"{name} {shown}" for name, _, shown in rows))
-    return f'<svg viewBox="0 0 {width} {len(rows) * step}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    size = f'viewBox="0 0 {width} {len(rows) * step}" style="max-width:36rem"'
+    return f'<svg {size} role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def image(content: bytes, suffix: str, alt: str) -> str:

@@ -68,6 +68,6 @@ def test_ticks_are_round_and_reach_the_highest(highest, expected):
 
 def test_bars_are_proportional():
     chart = html.bars([("half", 1.0, "1"), ("whole", 2.0, "2")], accent="half")
-    assert 'width="200.0"' in chart
-    assert 'width="400.0"' in chart
+    assert 'width="110.0"' in chart
+    assert 'width="220.0"' in chart
     assert chart.count("var(--good)") == 1

@@ -185,7 +185,7 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
         layer=layer,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        licence=config.get("license") or "unknown",
+        licence="unknown" if file else config.get("license") or "unknown",  # a local file may hold any weights
     )
 
     def tokens(images: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ LOCAL_CROPS = 2
 # What Pillow raises on damaged files, besides errors of the file system.
 _UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)
 _TRIES = 20  # images tried in place of an unreadable one before giving up
-_STRIDE = 7919  # a prime: steps through any number of images that it does not divide
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,8 @@ class PersonBatches(Dataset[Batch]):
         """Decode image ``index``, or another in its place, noting in ``skipped`` those that cannot be read."""
         tries = min(_TRIES, len(paths))
         for attempt in range(tries):
-            # Far apart, because an interrupted copy leaves its empty files side by side.
-            path = paths[(index + attempt * _STRIDE) % len(paths)]
+            # Evenly spread, because an interrupted copy leaves its empty files side by side.
+            path = paths[(index + attempt * (len(paths) // tries)) % len(paths)]
             try:
                 with Image.open(path) as image:
                     image.draft("RGB", (1024, 1024))  # large JPEGs decode several times faster at a reduced scale

@@ -160,6 +160,14 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert batches(tmp_path, batch=1)[0].base.shape == (1, 3, 64, 32)
 
 
+def test_a_block_of_empty_files_is_passed_over(tmp_path):
+    for i in range(25):  # as an interrupted copy leaves them: first by name, side by side
+        (tmp_path / f"{i:02d}.jpg").touch()
+    write_people(tmp_path / "good", 60)
+    dataset = batches(tmp_path, batch=85)
+    assert len(dataset[0].skipped) == 25
+
+
 def test_all_bad_is_an_error(tmp_path):
     for i in range(30):
         (tmp_path / f"{i:02d}.jpg").write_text("text")
