@@ -93,6 +93,10 @@ class ProgressBar(Watcher):
         if self._bar is not None:
             self._bar.set_postfix_str(f"{speed}, {terms}")
 
+    def stopping(self) -> None:
+        """Say why nothing seems to happen for a moment."""
+        sys.stderr.write("\nstopping: saving what was learned; once more gives up at once\n")
+
     def __enter__(self) -> "ProgressBar":
         return self
 

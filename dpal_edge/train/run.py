@@ -90,6 +90,9 @@ class Watcher:
     def recorded(self, record: Record) -> None:
         """Receive each logging interval."""
 
+    def stopping(self) -> None:
+        """Hear that a signal came; what follows is saving."""
+
 
 def run_training(config: TrainConfig, run: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Summary:
     """Distil ``config.teacher`` into ``config.student`` in the run folder ``run``.
@@ -160,6 +163,7 @@ def _follow(state: State, batches: PersonBatches, saver: "_Saver", watcher: Watc
                 if record := metrics.add(state.step, values):
                     watcher.recorded(record)
                 if stopped:
+                    watcher.stopping()
                     break
                 if state.step % config.save_every == 0 and state.step < config.steps:
                     saver.save(state)
