@@ -109,6 +109,8 @@ def load_teacher(
         ModelFileError: the file is missing, damaged, or less than 95 % of its keys match.
     """
     if spec.startswith("timm:"):
+        if heads is not None:
+            raise ConfigError(f"teacher heads {heads}: {spec} has its own; leave teacher_heads out")
         return _timm_teacher(spec, layer, student_patch)
     path = Path(spec)
     vit, matched = _read_vit(path, heads, size)
@@ -131,6 +133,8 @@ def load_teacher(
 def _read_vit(path: Path, heads: int | None, size: tuple[int, int] | None) -> tuple[VisionTransformer, float]:
     """Read a plain ViT, and the share of its tensors that the file holds; a checkpoint of ours tells its own heads."""
     if path.suffix == ".safetensors" and path.is_file() and is_ours(path):
+        if heads is not None:
+            raise ConfigError(f"teacher heads {heads}: {path} tells its own; leave teacher_heads out")
         return load_backbone(path)[0], 1.0
     state, _ = split_dpal(flatten_published(read_tensors(path)))
     known: dict[str, Any] = {"size": size} if size else {}
@@ -151,10 +155,10 @@ def _read_vit(path: Path, heads: int | None, size: tuple[int, int] | None) -> tu
     return vit, load_matching(vit, state, path, least=LEAST_MATCH)
 
 
-def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
+def _timm_model(spec: str, name: str, file: str) -> tuple[Any, float]:
+    """Create timm's ViT ``name`` with weights of ``file``, or of timm's hub; return it and the share of keys found."""
     import timm  # 3 s to import: paid only by those who name a timm model
 
-    name, _, file = spec.removeprefix("timm:").partition("@")
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:4]) or "see timm.list_models()"
         raise ConfigError(f"teacher {spec!r}: timm {timm.__version__} has no model {name!r}; close to it: {close}")
@@ -169,10 +173,15 @@ def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
         ) from error
     if not hasattr(model, "blocks"):
         raise ConfigError(f"teacher {spec!r}: {name} is not a ViT: it has no sequence of blocks on one patch grid")
-    matched = 1.0
-    if file:
-        state = flatten_published(read_tensors(Path(file)))
-        matched = load_matching(model, state, Path(file), least=LEAST_MATCH)
+    if not file:
+        return model, 1.0
+    state = flatten_published(read_tensors(Path(file)))
+    return model, load_matching(model, state, Path(file), least=LEAST_MATCH)
+
+
+def _timm_teacher(spec: str, layer: int | None, student_patch: int) -> Teacher:
+    name, _, file = spec.removeprefix("timm:").partition("@")
+    model, matched = _timm_model(spec, name, file)
     layer = _check_layer(spec, layer, len(model.blocks))
     config = model.pretrained_cfg
     passport = Passport(

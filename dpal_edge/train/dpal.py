@@ -89,26 +89,21 @@ class Dpal(nn.Module):
     def _align(
         self, images: Images, first: Tensor, patches: Tensor, crowd: Tensor, teacher: Tensor, teacher_crowd: Tensor
     ) -> dict[str, Tensor]:
-        """Return the three alignment losses of decoded student tokens and teacher tokens, computed in float32.
-
-        Autocast is off: the relation's logits reach 28 and the mask projects on a principal direction, for which
-        bfloat16 is too coarse.
-        """
-        with torch.autocast(images.base.device.type, enabled=False):
-            mask = None
-            if self.mask is not None:
-                rows, columns = (side // self.backbone.config.patch_size for side in images.base.shape[-2:])
-                mask = self.mask(teacher[:, 1:], (rows, columns))
-            return {
-                "global": global_loss(list(torch.split(first.float(), len(images.base))), teacher[:, :1]),
-                "local": local_loss(patches.float(), teacher[:, 1:], mask),
-                "relation": relation_loss(
-                    crowd,
-                    teacher_crowd,
-                    temperature=self.config.relation_temperature,
-                    stable=self.config.relation == "log_softmax",
-                ),
-            }
+        """Return the three alignment losses of decoded student tokens and teacher tokens, in float32."""
+        mask = None
+        if self.mask is not None:
+            rows, columns = (side // self.backbone.config.patch_size for side in images.base.shape[-2:])
+            mask = self.mask(teacher[:, 1:], (rows, columns))
+        return {
+            "global": global_loss(list(torch.split(first.float(), len(images.base))), teacher[:, :1]),
+            "local": local_loss(patches.float(), teacher[:, 1:], mask),
+            "relation": relation_loss(
+                crowd,
+                teacher_crowd,
+                temperature=self.config.relation_temperature,
+                stable=self.config.relation == "log_softmax",
+            ),
+        }
 
     def student_state(self) -> dict[str, Tensor]:
         """Return the state that training changes: backbone, decoder and mask direction, without the teacher."""

@@ -63,9 +63,9 @@ class ShapeMask(nn.Module):
 
     ``published`` fits one exact principal component per batch and scales by its least and greatest value: the sign, and
     so whether people are 1 or 0, is arbitrary and may flip between batches. ``foreground`` (the default of a run)
-    departs: the direction comes from a few power iterations that start from a running mean of earlier directions, its
-    sign is chosen so that patches in the middle of the crop score above those at its left and right edge, and the
-    scale is taken from the 2nd to the 98th percentile, clipped.
+    departs: patches are projected on a running mean of the batches' first components, each found by a few power
+    iterations and signed so that the middle of the crops scores above their left and right edge; and the scale is
+    taken from the 2nd to the 98th percentile, clipped.
     """
 
     direction: Tensor

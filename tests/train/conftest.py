@@ -61,22 +61,23 @@ def teacher_file(tmp_path_factory) -> Path:
     return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
+# A run that takes a second.
+SHORT_RUN = {
+    **SIZES,
+    "batch": 2,
+    "steps": 4,
+    "log_every": 1,
+    "save_every": 2,
+    "workers": 0,
+    "device": "cpu",
+    "precision": "float32",
+    "validation_images": 0,
+}
+
+
 @pytest.fixture
 def settings(people, teacher_file):
-    """Settings of a run that takes a second."""
-    return {
-        **SIZES,
-        "teacher": str(teacher_file),
-        "data": [str(people)],
-        "batch": 2,
-        "steps": 4,
-        "log_every": 1,
-        "save_every": 2,
-        "workers": 0,
-        "device": "cpu",
-        "precision": "float32",
-        "validation_images": 0,
-    }
+    return {**SHORT_RUN, "teacher": str(teacher_file), "data": [str(people)]}
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from dpal_edge.train.loop import (
     validate,
 )
 from dpal_edge.train.run import Watcher, read_run_config, run_training, state_tensors
-from tests.train.conftest import write_people, write_teacher
+from tests.train.conftest import SHORT_RUN, write_people, write_teacher
 
 COMMAND = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from dpal_edge.cli import main; main()"]
 
@@ -72,21 +72,7 @@ def files(run):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, people, teacher_file):
     """An uninterrupted run of four updates, with its settings; not to be changed by a test."""
-    fields = {
-        "size": [64, 32],
-        "local_size": [32, 16],
-        "crowd_size": [64, 48],
-        "teacher": str(teacher_file),
-        "data": [str(people)],
-        "batch": 2,
-        "steps": 4,
-        "log_every": 1,
-        "save_every": 2,
-        "workers": 0,
-        "device": "cpu",
-        "precision": "float32",
-        "validation_images": 0,
-    }
+    fields = {**SHORT_RUN, "teacher": str(teacher_file), "data": [str(people)]}
     run = tmp_path_factory.mktemp("runs") / "finished"
     watcher = Recorder()
     return run, fields, run_training(build_config(fields), run, watcher=watcher), watcher
