@@ -30,6 +30,8 @@ class ViTConfig:
     last_heads: int = 12  # heads of the last block; DPAL pairs them with the teacher's
     mlp_ratio: float = 4.0
     layer_scale: bool = False  # DINOv2 scales each residual branch per channel
+    class_token: bool = True  # without one, the global token is the mean of the patches
+    patch_padding: int = 0  # zeros around the image before patches are cut; 2 in Sapiens' downstream models
     pos_interp: PosInterp = "2d"
 
     @property
@@ -62,19 +64,21 @@ def student_config(
 
 
 class VisionTransformer(nn.Module):
-    """Pre-norm ViT with a class token and learned positions; no dropout.
+    """Pre-norm ViT with learned positions; no dropout.
 
     ``forward`` maps normalised images (B, 3, H, W), H and W multiples of the patch size, to final-norm tokens
-    (B, 1 + N, width), the class token first, N patches in row order.
+    (B, 1 + N, width), the global token first (the class token, or the mean of the patches where there is none), N
+    patches in row order.
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         width, rows_columns = config.width, config.grid
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(rows_columns), width))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, config.patch_size, config.patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.class_token + math.prod(rows_columns), width))
+        proj = nn.Conv2d(3, width, config.patch_size, config.patch_size, config.patch_padding)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         last = config.depth - 1
         self.blocks = nn.ModuleList(
             Block(width, config.last_heads if i == last else config.heads, config.mlp_ratio, config.layer_scale)
@@ -84,15 +88,53 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Return the tokens after block ``layer`` (1 to depth, None for the last) and the final norm."""
+        return self.finish(self.run_blocks(self.embed(images), layer))
+
+    def attend(self, images: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``forward``'s tokens and, of the same block, the qkv output (B, T, 3 * width).
+
+        T counts the class token where there is one, and the patches.
+        """
+        layer = layer or self.config.depth
+        x = self.run_blocks(self.embed(images), layer - 1)
+        block = self.blocks[layer - 1]
+        return self.finish(block(x)), block.attn.qkv(block.norm1(x))
+
+    def qkv(self, images: Tensor, layer: int | None = None) -> Tensor:
+        """Return ``attend``'s second value alone: the rest of the block and the final norm are not run."""
+        layer = layer or self.config.depth
+        block = self.blocks[layer - 1]
+        qkv: Tensor = block.attn.qkv(block.norm1(self.run_blocks(self.embed(images), layer - 1)))
+        return qkv
+
+    def embed(self, images: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """Turn images into the tokens that enter block 1; ``mask_token`` (1, 1, width) stands in for masked patches.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            masked: (B, N) bool, true where a patch is hidden; None hides nothing.
+            mask_token: what stands there, before positions are added.
+        """
         x = self.patch_embed["proj"](images)  # (B, D, rows, columns)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).mT  # (B, N, D)
+        if masked is not None and mask_token is not None:
+            x = torch.where(masked[..., None], mask_token.to(x.dtype), x)
         pos = resize_positions(self.pos_embed, self.config.grid, grid, self.config.pos_interp)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + pos
+
+    def run_blocks(self, x: Tensor, layer: int | None = None) -> Tensor:
+        """Run blocks 1 to ``layer`` on what ``embed`` gave."""
         for block in self.blocks[:layer]:
             x = block(x)
-        normed: Tensor = self.norm(x)
-        return normed
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Apply the final norm; put the global token first where there is no class token."""
+        x = self.norm(x)
+        return x if self.cls_token is not None else torch.cat([x.mean(1, keepdim=True), x], dim=1)
 
 
 class Block(nn.Module):
@@ -148,7 +190,7 @@ class Attention(nn.Module):
 
 
 def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, int], mode: PosInterp) -> Tensor:
-    """Resize a position embedding (1, 1 + N, D) from grid ``stored`` to grid ``wanted`` (rows, columns), bicubically.
+    """Resize a position embedding (1, [1 +] N, D) from grid ``stored`` to grid ``wanted`` (rows, columns), bicubically.
 
     ``2d`` resizes the grid. ``2d-dino`` does so with DINO's scale factors of (wanted + 0.1) / stored, as DPAL's teacher
     does. ``1d`` resizes the flattened grid as one sequence: the published student was trained so, though it scrambles
@@ -156,8 +198,8 @@ def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, in
     """
     if stored == wanted:
         return pos
-    width = pos.shape[-1]
-    cls, grid = pos[:, :1], pos[:, 1:].float()
+    width, prefix = pos.shape[-1], pos.shape[1] - math.prod(stored)  # 1 with a class token, 0 without
+    cls, grid = pos[:, :prefix], pos[:, prefix:].float()
     if mode == "1d":
         resized = F.interpolate(grid.mT[:, :, None], size=(1, math.prod(wanted)), mode="bicubic")
     else:
@@ -188,7 +230,8 @@ def init_student(vit: VisionTransformer, generator: torch.Generator, pos_init: P
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(vit.get_parameter("patch_embed.proj.weight").flatten(1), generator=generator)
     nn.init.zeros_(vit.get_parameter("patch_embed.proj.bias"))
-    nn.init.normal_(vit.cls_token, std=0.02, generator=generator)
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=0.02, generator=generator)
     if pos_init == "uniform":
         nn.init.uniform_(vit.pos_embed, generator=generator)
     else:
