@@ -22,6 +22,11 @@ from dpal_edge.errors import BackendUnavailable, DpalEdgeError
 class _Group(click.Group):
     """Show what a user can cause as one line; anything else is a bug and keeps its traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the command line as it was given, for a command that starts itself in several processes."""
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
@@ -41,7 +46,17 @@ def main() -> None:
     """Distil a large human-centric vision model into a ViT-Ti, export it verified, and run it on edge cameras."""
 
 
+# Written out here, because asking the modules that know would load torch for --help.
+STUDENTS = ("vit_tiny", "vit_small", "swin_tiny")
+METHODS = ("dpal", "proteus", "tinymim")
+RECIPES = ("paper", "attn")
+PRESETS = ("default", "published")
+
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _load(module: str, extra: str) -> ModuleType:
@@ -55,23 +70,42 @@ def _load(module: str, extra: str) -> ModuleType:
 
 
 @main.command()
-@click.option("--teacher", help="timm:NAME, timm:NAME@FILE, or FILE (a ViT as .pth or .safetensors).")
-@click.option("--data", multiple=True, metavar="DIR", help="Folder of person crops; may be given several times.")
+@click.option(
+    "--teacher",
+    multiple=True,
+    metavar="SPEC",
+    help="SOURCE[?key=value&...] with SOURCE timm:NAME, timm:NAME@FILE or FILE (.pth or .safetensors); may be given "
+    "several times, each with ?for=global, local or relation.",
+)
+@click.option("--teacher-layer", type=click.IntRange(min=1), metavar="N", help="Block to align; by default the last.")
+@click.option(
+    "--data", multiple=True, metavar="DIR", help="Folder of person crops, or .tar shards; paths or URLs; several times."
+)
 @click.option("--out", "run", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
-@click.option("--student", help="Architecture: vit_tiny (default) or vit_small.")
-@click.option("--preset", type=click.Choice(["default", "published"]), help="Settings to start from.")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="Settings as .toml, or a run's config.json.")
+@click.option("--student", type=click.Choice(STUDENTS), help=f"Architecture; by default {STUDENTS[0]}.")
+@click.option("--method", type=click.Choice(METHODS), help=f"How to distil; by default {METHODS[0]}.")
+@click.option("--recipe", type=click.Choice(RECIPES), help=f"Losses of method dpal; by default {RECIPES[0]}.")
+@click.option("--preset", type=click.Choice(PRESETS), help="Settings to start from.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Settings as .yaml, .toml or .json, as a run's config.json.",
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example batch=64.")
-@click.option("--steps", type=int, help="Optimizer updates.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer updates.")
 @click.option("--epochs", type=float, help="Passes over the data, in place of --steps.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
-def train(run: Path, resume: bool, **options: Any) -> None:
-    """Distil a teacher into a small student on folders of unlabelled person images (DPAL)."""
+@click.option(
+    "--processes", type=click.IntRange(min=1), metavar="N", help="Training processes here; by default one for each GPU."
+)
+@click.option("--dry-run", "dry", is_flag=True, help="Try two updates: time, memory, disk, a picture of the views.")
+@click.pass_obj
+def train(arguments: list[str], /, run: Path, resume: bool, dry: bool, processes: int | None, **options: Any) -> None:
+    """Distil one or several teachers into a small student on unlabelled person images."""
     command = _load("dpal_edge.train.command", "train")
-    summary = command.train(run, resume=resume, **options)
-    click.echo(command.describe(summary, run), err=True)
-    if summary.interrupted:
-        sys.exit(130)
+    config = command.resolve(run, resume=resume, **options)
+    sys.exit(command.train(config, run, resume=resume, dry=dry, processes=processes, arguments=arguments, say=_say))
 
 
 @main.command()
@@ -92,6 +126,31 @@ def export(checkpoint: Path, targets: tuple[str, ...], out: Path, as_json: bool,
     click.echo(bundle.describe(manifest, out), err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(manifest), indent=2))
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--task", "tasks", multiple=True, metavar="NAME=DIR", help="Task and its data; may be given several times."
+)
+@click.option("--teacher", metavar="SPEC", help="Teacher to compare features with, on --data.")
+@click.option("--data", multiple=True, metavar="DIR", help="Folder of images to compare features on.")
+@click.option("--size", nargs=2, type=int, metavar="H W", help="Input size in pixels; by default the model's.")
+@click.option(
+    "--layer", type=click.IntRange(min=1), metavar="N", help="Block to take features of; by default the last."
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Look at N images of each split; by default all."
+)
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--seed", default=0, show_default=True, help="Of the images that --limit draws.")
+@_json_option
+def probe(model: str, as_json: bool, **options: Any) -> None:
+    """Score the frozen features of MODEL: a checkpoint, run folder, bundle, or teacher:SPEC; nothing is fine-tuned."""
+    command = _load("dpal_edge.probe.command", "train")
+    result = command.probe(model, progress=_progress, **options)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.as_text())
 
 
 @main.command()
@@ -169,5 +228,5 @@ def _progress(total: int | None) -> Iterator[Callable[[int], object]]:
 def demo(out: Path, updates: int) -> None:
     """Distil, export, verify and run a student on two clips of real people; ends with a page that shows it."""
     steps = _load("dpal_edge.demo.steps", "demo")
-    page = steps.run_demo(out, updates=updates, say=lambda text: click.echo(text, err=True))
+    page = steps.run_demo(out, updates=updates, say=_say)
     click.echo(f"open this page in a browser: {page.resolve()}")

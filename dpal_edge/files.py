@@ -1,11 +1,13 @@
 """Files: atomic writes, content hashes, and the images in folders."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpal_edge.errors import DataError
 
@@ -49,6 +51,12 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_lines(path: Path, documents: list[dict[str, Any]]) -> None:
+    """Append JSON ``documents`` to ``path``, one a line; a crash can cut only the last one short."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{json.dumps(document)}\n" for document in documents))
 
 
 def sha256_of(path: Path) -> str:

@@ -2,10 +2,13 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 _MIME = {".jpg": "image/jpeg", ".png": "image/png", ".webp": "image/webp", ".webm": "video/webm", ".mp4": "video/mp4"}
+
+_COLOURS = ("var(--accent)", "var(--second)", "var(--good)", "var(--soft)")  # of the lines in a chart
+_ROUND = 'stroke-linecap="round" stroke-linejoin="round"'
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee4; --paper: #fff; --card: #f5f7f9;
@@ -24,7 +27,7 @@ th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--
 th { font-weight: 600; color: var(--soft); } td + td, th + th { text-align: right; }
 td:last-child { overflow-wrap: anywhere; min-width: 5rem; }
 .scroll { overflow-x: auto; }
-.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .strip { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3.4rem, 1fr)); }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .85rem; }
 img, video { width: 100%; height: auto; display: block; border-radius: 4px; }
@@ -53,29 +56,43 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def line_chart(title: str, xs: Sequence[float], ys: Sequence[float], *, x_label: str) -> str:
     """Return an SVG line chart of finite ``ys`` over ascending ``xs``, from zero, with the last value written out."""
+    return lines_chart(title, {f"{_short(ys[0])} to {_short(ys[-1])}": (xs, ys)}, x_label=x_label)
+
+
+def lines_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str) -> str:
+    """Return an SVG chart of one to four lines, name -> (ascending xs, finite ys); it includes zero."""
     width, height, left, right, top, bottom = 340, 200, 44, 12, 30, 34
-    ticks = _ticks(max(*ys, 0.0) or 1.0)
-    low, high = xs[0], max(xs[-1], xs[0] + 1)
+    everything = [y for _, ys in series.values() for y in ys]
+    ticks = _ticks(max(*everything, 0.0), min(*everything, 0.0))
+    low = min(xs[0] for xs, _ in series.values())
+    high = max(low + 1, *(xs[-1] for xs, _ in series.values()))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
             left + (x - low) / (high - low) * (width - left - right),
-            height - bottom - y / ticks[-1] * (height - top - bottom),
+            height - bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (height - top - bottom),
         )
 
     parts = [f'<text x="0" y="14" style="fill:var(--ink);font-weight:600">{escape(title)}</text>']
     for tick in ticks:
         y = at(low, tick)[1]
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for x, anchor in ((low, "start"), (high, "end")):
         parts.append(f'<text x="{at(x, 0)[0]:.1f}" y="{height - bottom + 16}" text-anchor="{anchor}">{x:g}</text>')
     middle = (left + width - right) / 2
     parts.append(f'<text x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(xs, ys, strict=True))
-    parts.append(f'<polyline points="{points}" fill="none" stroke="var(--accent)" stroke-width="2"/>')
-    parts.append(f'<text x="{width - right}" y="14" text-anchor="end">{ys[0]:.3g} to {ys[-1]:.3g}</text>')
-    label = escape(f"{title}: {ys[0]:.3g} to {ys[-1]:.3g}")
+    for colour, (xs, ys) in zip(_COLOURS, series.values(), strict=False):
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in zip(xs, ys, strict=True))
+        points += f" {points}" if len(xs) == 1 else ""  # a dot
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" {_ROUND}/>')
+    named = zip(_COLOURS, series, strict=False)
+    names = " ".join(
+        f'<tspan dx="6" style="fill:{colour if len(series) > 1 else "var(--soft)"}">{escape(name)}</tspan>'
+        for colour, name in named
+    )
+    parts.append(f'<text x="{width - right}" y="14" text-anchor="end">{names}</text>')
+    label = escape(f"{title}: {', '.join(series)}")
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -110,9 +127,20 @@ def _data(content: bytes, suffix: str) -> str:
     return f"data:{_MIME[suffix]};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _ticks(highest: float) -> list[float]:
-    """Return three to six round values from 0 to at least ``highest``."""
-    raw = highest / 4
+def _ticks(highest: float, lowest: float = 0.0) -> list[float]:
+    """Return two to seven round values, 0 among them, from at most ``lowest`` <= 0 to at least ``highest`` >= 0."""
+    if highest == lowest:
+        highest = 1.0
+    raw = (highest - lowest) / 4
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
-    return [round(step * i, 10) for i in range(math.ceil(highest / step - 1e-9) + 1)]
+    first, last = math.floor(lowest / step + 1e-9), math.ceil(highest / step - 1e-9)
+    return [float(f"{step * i:.10g}") for i in range(first, last + 1)]
+
+
+def _short(number: float) -> str:
+    """Write a number in three digits and few characters: 0.00025 as 2.5e-4."""
+    if number and abs(number) < 0.01:
+        mantissa, exponent = f"{number:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{number:.3g}" if abs(number) < 1000 else f"{number:g}"

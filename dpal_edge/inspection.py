@@ -12,6 +12,10 @@ from dpal_edge.manifest import MANIFEST_NAME, Manifest
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin")
 _CHECKPOINTS = "checkpoints"
+_TOLD = {  # by the weights themselves, of a published student's architecture
+    "vit": ("family", "width", "depth", "patch_size", "mlp_ratio", "layer_scale", "class_token"),
+    "swin": ("family", "width", "depths", "heads", "window", "patch_size", "mlp_ratio"),
+}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -100,11 +104,14 @@ def _weights(path: Path) -> dict[str, Any]:
         },
     }
     try:
-        architecture = checkpoint.infer_vit(backbone).to_dict()
+        config, _ = checkpoint.infer_student(backbone)
     except ModelFileError as error:
         return {**description, "architecture": str(error)}
-    told = {key: architecture[key] for key in ("width", "depth", "patch_size", "mlp_ratio", "layer_scale")}
-    return {**description, "architecture": {**told, "positions": int(backbone["pos_embed"].shape[1])}}
+    architecture = _models("students").config_to_dict(config)
+    told = {key: value for key, value in architecture.items() if key in _TOLD[architecture["family"]]}
+    if "pos_embed" in backbone:
+        told["positions"] = int(backbone["pos_embed"].shape[1])
+    return {**description, "architecture": told}
 
 
 def _onnx(path: Path) -> dict[str, Any]:

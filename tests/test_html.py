@@ -53,17 +53,45 @@ def test_line_chart_maps_values_to_points():
     assert "4 to 0" in chart
 
 
+def test_lines_share_axes_that_hold_zero_and_have_names():
+    chart = html.lines_chart("Score", {"a<b": ([0, 10], [1.0, -1.0]), "one": ([5], [0.0])}, x_label="updates")
+    # Ticks from -1 to 1 in steps of 0.5: zero is half-way between 30 and 166.
+    assert 'points="44.0,30.0 328.0,166.0"' in chart
+    assert 'points="186.0,98.0 186.0,98.0"' in chart  # a dot
+    assert "var(--accent)" in chart
+    assert "var(--second)" in chart
+    assert "a&lt;b" in chart
+    assert "Score: a&lt;b, one" in chart
+
+
+def test_line_of_zeros_and_a_single_point():
+    assert 'points="44.0,166.0 328.0,166.0"' in html.line_chart("lr", [1, 2], [0.0, 0.0], x_label="updates")
+    assert "0.3 to 0.3" in html.line_chart("lr", [1], [0.3], x_label="updates")
+
+
 @pytest.mark.parametrize(
-    ("highest", "expected"),
+    ("lowest", "highest", "expected"),
     [
-        (1.0, [0, 0.25, 0.5, 0.75, 1.0]),
-        (9.68, [0, 2.5, 5.0, 7.5, 10.0]),
-        (0.03, [0, 0.01, 0.02, 0.03]),
-        (130, [0, 50, 100, 150]),
+        (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1.0]),
+        (0.0, 9.68, [0, 2.5, 5.0, 7.5, 10.0]),
+        (0.0, 0.03, [0, 0.01, 0.02, 0.03]),
+        (0.0, 130, [0, 50, 100, 150]),
+        (0.0, 3e-14, [0, 1e-14, 2e-14, 3e-14]),
+        (-0.1, 0.7, [-0.2, 0, 0.2, 0.4, 0.6, 0.8]),
+        (-3.0, 0.0, [-3, -2, -1, 0]),
+        (0.0, 0.0, [0, 0.25, 0.5, 0.75, 1.0]),
     ],
 )
-def test_ticks_are_round_and_reach_the_highest(highest, expected):
-    assert html._ticks(highest) == expected
+def test_ticks_are_round_and_reach_lowest_and_highest(lowest, highest, expected):
+    assert html._ticks(highest, lowest) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0.00025, "2.5e-4"), (-0.0003, "-3e-4"), (0.0, "0"), (0.0123, "0.0123"), (812.34, "812"), (12000, "12000")],
+)
+def test_short_numbers(number, text):
+    assert html._short(number) == text
 
 
 def test_bars_are_proportional():

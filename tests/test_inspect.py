@@ -93,13 +93,30 @@ def test_published_weights(tmp_path, state, suffix):
     assert found["values"] == {"backbone": sum(v.numel() for v in state.values()), "decoder": 0}
     assert found["architecture"]["positions"] == 3
     assert found["architecture"]["depth"] == 2
+    assert "heads" not in found["architecture"]  # of a ViT, weights do not tell
     assert found["entries"] == (["model", "epoch"] if suffix == ".pth" else ["a flat state dict"])
     assert len(found["sha256"]) == 64
 
 
+def test_published_swin(shared):
+    found = describe(shared / "golden" / "teachers" / "dpal_swin_student" / "student_checkpoint.pth")
+    assert found["entries"] == ["student", "teacher", "optimizer", "epoch", "args"]
+    assert found["architecture"] == {
+        "family": "swin",
+        "patch_size": 32,
+        "width": 64,
+        "depths": [2, 2, 2, 2],
+        "heads": [2, 4, 8, 16],
+        "window": 7,
+        "mlp_ratio": 4.0,
+    }
+
+
 def test_weights_of_another_kind(tmp_path):
-    torch.save({"layers.0": torch.ones(2)}, tmp_path / "swin.pth")
-    assert describe(tmp_path / "swin.pth")["architecture"].startswith("not a ViT: ")
+    torch.save({"layers.0": torch.ones(2)}, tmp_path / "x.pth")
+    assert describe(tmp_path / "x.pth")["architecture"].startswith("not a ViT: ")
+    torch.save({"stages.0": torch.ones(2)}, tmp_path / "swin.pth")
+    assert describe(tmp_path / "swin.pth")["architecture"].startswith("not a Swin: ")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(ModelFileError, match="holds no tensors; its entries are epoch"):
         describe(tmp_path / "none.pth")

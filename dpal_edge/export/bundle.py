@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from dpal_edge import __version__
 from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
-from dpal_edge.export.onnx import INPUT_NAME, ExportedModel, count_parameters, write_onnx
+from dpal_edge.export.onnx import INPUT_NAME, count_parameters, exported_model, write_onnx
 from dpal_edge.files import find_images, sha256_of
 from dpal_edge.manifest import MANIFEST_NAME, Artifact, FileSpec, HeadSpec, InputSpec, Manifest, Parity, Stripped
 from dpal_edge.models.checkpoint import load_backbone, read_newest
-from dpal_edge.models.vit import VisionTransformer, normalize
+from dpal_edge.models.students import Student
+from dpal_edge.models.vit import normalize
 from dpal_edge.runtime.backend import open_backend
 
 Crops = NDArray[np.uint8]  # (n, height, width, 3) RGB
@@ -65,7 +67,7 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
     with _draft_beside(out) as draft:
         draft.mkdir()
         file = draft / "model.onnx"
-        model = ExportedModel(backbone, size, tuple(metadata["mean"]), tuple(metadata["std"]))
+        model = exported_model(backbone, size, tuple(metadata["mean"]), tuple(metadata["std"]))
         write_onnx(model, file, size=size, outputs=[_HEAD])
         stripped = prove_stripped(file, model, metadata["parameters"])
         parity = check_parity(file, crops, reference, settings.tolerance)
@@ -82,7 +84,7 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
             provenance={
                 "checkpoint": {"file": path.name, "sha256": sha256_of(path), "weights": metadata["weights"]},
                 "step": metadata.get("step"),
-                "teacher": metadata.get("teacher"),
+                "teachers": metadata["teachers"],
                 "dpal_edge": __version__,
                 "torch": torch.__version__,
             },
@@ -96,7 +98,8 @@ def describe(manifest: Manifest, out: Path) -> str:
     """Say in a few lines what was written and what was proven about it."""
     [artifact] = manifest.artifacts
     parity, stripped = artifact.parity, manifest.stripped
-    removed = " and ".join(f"{part} {count / 1e6:.2f} M" for part, count in stripped.removed.items()) or "nothing"
+    counts = {part: f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count}" for part, count in stripped.removed.items()}
+    removed = " and ".join(f"{part} {count}" for part, count in counts.items()) or "nothing"
     return (
         f"stripped  {removed}: {stripped.parameters_before / 1e6:.2f} M parameters became "
         f"{stripped.parameters_after / 1e6:.2f} M\n"
@@ -137,7 +140,7 @@ def read_crops(folders: tuple[str, ...], size: tuple[int, int], count: int) -> C
 
 @torch.no_grad()
 def torch_outputs(
-    backbone: VisionTransformer, crops: Crops, mean: tuple[float, ...], std: tuple[float, ...]
+    backbone: Student, crops: Crops, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> NDArray[np.float32]:
     """Return the embeddings (n, width) of uint8 ``crops`` by the unexported model in float32."""
     images = normalize(torch.from_numpy(crops).permute(0, 3, 1, 2), mean, std)
@@ -146,14 +149,19 @@ def torch_outputs(
     return embeddings
 
 
-def prove_stripped(file: Path, model: ExportedModel, before: dict[str, int]) -> Stripped:
+def prove_stripped(file: Path, model: nn.Module, before: dict[str, int]) -> Stripped:
     """Count the weights in the written graph; they must be those of ``model`` and nothing else.
+
+    Args:
+        file: the written graph.
+        model: what was written.
+        before: the number of values in each part of the network that was trained; all but ``backbone`` must be gone.
 
     Raises:
         ModelFileError: the graph holds another number of weights, or a tensor with a training part's name.
     """
     counts = count_parameters(file)
-    left = [name for name in counts if name.split(".")[0] in ("decoder", "teacher", "adapter", "mask")]
+    left = [name for name in counts if name.split(".")[0] in before.keys() - {"backbone"}]
     after = sum(counts.values())
     expected = sum({p.detach().numpy().tobytes(): p.numel() for p in model.parameters()}.values())  # equal ones once
     if left or after != expected:

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from dpal_edge.errors import ModelFileError
 from dpal_edge.files import atomic_path
-from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, STUDENTS, VisionTransformer, ViTConfig
+from dpal_edge.models.students import STUDENTS, Student, StudentConfig, build_student, config_from_dict, config_to_dict
+from dpal_edge.models.swin import infer_swin, rename_swin
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 
 FORMAT = "dpal-edge checkpoint 1"
 CHECKPOINTS = "checkpoints"  # folder of a run
@@ -65,6 +67,7 @@ _DAMAGED = (
 )
 _NESTS = ("student", "teacher", "model", "state_dict")  # where published files keep their weights
 _WRAPPERS = ("module.", "backbone_module.")  # prefixes left by data parallelism
+_NOT_TRAINED = ("ema", "optimizer")  # parts of our checkpoints that repeat others or belong to no network
 
 
 @dataclass(frozen=True)
@@ -225,23 +228,25 @@ def infer_vit(state: dict[str, Tensor], **known: Any) -> ViTConfig:
     """
     try:
         kernel, positions = state["patch_embed.proj.weight"], state["pos_embed"]
-        hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+        linear = state["blocks.0.mlp.fc1.weight"]
     except KeyError as error:
         example = ", ".join(list(state)[:3]) or "no tensors"
         raise ModelFileError(f"not a ViT: {error} is missing; the keys begin {example}") from error
-    if kernel.ndim != 4 or positions.ndim != 3:
-        shapes = f"{tuple(kernel.shape)} and {tuple(positions.shape)}"
-        raise ModelFileError(f"not a ViT on images: its patch kernel and positions have shapes {shapes}")
-    patch = kernel.shape[-1]
-    count = positions.shape[1] - 1
+    if (kernel.ndim, positions.ndim, linear.ndim) != (4, 3, 2) or not kernel.numel() * linear.numel():
+        shapes = f"{tuple(kernel.shape)}, {tuple(positions.shape)} and {tuple(linear.shape)}"
+        raise ModelFileError(f"not a ViT on images: its patch kernel, positions and first linear have shapes {shapes}")
+    (hidden, width), patch = linear.shape, kernel.shape[-1]
+    class_token = "cls_token" in state
+    count = positions.shape[1] - class_token
     columns = math.isqrt(count) if math.isqrt(count) ** 2 == count else math.isqrt(count // 2)
     found = ViTConfig(
         size=(count // max(columns, 1) * patch, columns * patch),
         patch_size=patch,
         width=width,
-        depth=1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key, re.ASCII)),
+        depth=1 + max(int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d{1,3}\.", key, re.ASCII)),
         mlp_ratio=hidden / width,
         layer_scale="blocks.0.ls1.gamma" in state,
+        class_token=class_token,
     )
     config = replace(found, **known)
     if math.prod(config.grid) != count:
@@ -252,26 +257,41 @@ def infer_vit(state: dict[str, Tensor], **known: Any) -> ViTConfig:
     return config
 
 
-def load_backbone(path: Path, *, weights: str = "best", **known: Any) -> tuple[VisionTransformer, dict[str, Any]]:
+def infer_student(state: dict[str, Tensor], **known: Any) -> tuple[StudentConfig, dict[str, Tensor]]:
+    """Read the architecture of a published student's backbone off its state dict; return it, and the dict in our names.
+
+    ``known`` is as in ``infer_vit``; by default a ViT's positions are resized in 1-D, as those students were trained.
+
+    Raises:
+        ModelFileError: neither a ViT nor a Swin.
+    """
+    if any(key.startswith("stages.") for key in state):
+        # DPAL's Swin was built from SOLIDER's code: its file has a semantic modulation that the student never runs.
+        renamed = {key: value for key, value in rename_swin(state).items() if not key.startswith("semantic.")}
+        return replace(infer_swin(renamed), **known), renamed
+    return infer_vit(state, **{"pos_interp": "1d", **known}), state
+
+
+def load_backbone(path: Path, *, weights: str = "best", **known: Any) -> tuple[Student, dict[str, Any]]:
     """Load the student backbone of one of our checkpoints or of a published DPAL file.
 
     Args:
         path: the checkpoint.
         weights: ``backbone`` (as trained), ``ema`` (its running mean), or ``best`` of the two by validation loss; in
             published files ``ema`` is what they call teacher.
-        known: for published files, fields of ViTConfig that weights cannot tell; by default 6 and 12 heads, and
-            positions resized in 1-D, as those were trained.
+        known: for published files, fields of the configuration that weights cannot tell; by default a ViT has 6 and
+            12 heads, and positions resized in 1-D, as those were trained.
 
     Returns:
-        The backbone in eval mode, and metadata with at least ``mean``, ``std`` and ``parameters`` (of all that
-        computed in training, by part).
+        The backbone in eval mode, and metadata with at least ``mean``, ``std``, ``teachers`` (their passports) and
+        ``parameters`` (of all that computed in training, by part; ``teacher`` is the sum of all teachers).
 
     Raises:
         ModelFileError: missing, damaged, not a student, or ``weights`` that the file does not hold.
     """
     ours = path.suffix == ".safetensors" and is_ours(path)
     config, state, metadata = _our_backbone(path, weights) if ours else _published_backbone(path, weights, known)
-    backbone = VisionTransformer(config)
+    backbone = build_student(config)
     load_matching(backbone, state, path, least=1.0)
     return backbone.eval(), metadata
 
@@ -300,21 +320,23 @@ def load_matching(module: torch.nn.Module, state: dict[str, Tensor], path: Path,
     return share
 
 
-def _our_backbone(path: Path, weights: str) -> tuple[ViTConfig, dict[str, Tensor], dict[str, Any]]:
+def _our_backbone(path: Path, weights: str) -> tuple[StudentConfig, dict[str, Tensor], dict[str, Any]]:
     checkpoint = read_checkpoint(path)
     parts, metadata = checkpoint.parts, checkpoint.metadata
     part = metadata.get("best", "backbone") if weights == "best" else weights
     if part not in parts:
         raise ModelFileError(f"{path}: holds no {part!r} weights; it has {', '.join(parts)}")
-    parameters = {name: count for name, count in parts.items() if name in ("backbone", "decoder")}
-    parameters["teacher"] = metadata["teacher"]["parameters"]
-    config = ViTConfig.from_dict(metadata["architecture"])
-    return config, checkpoint.part(part), {**metadata, "parameters": parameters, "weights": part}
+    # The first checkpoints had one teacher.
+    teachers = metadata["teachers"] if "teachers" in metadata else [metadata["teacher"]]
+    parameters = {name: count for name, count in parts.items() if name not in _NOT_TRAINED}
+    parameters["teacher"] = sum(passport["parameters"] for passport in teachers)
+    facts = {**metadata, "teachers": teachers, "parameters": parameters, "weights": part}
+    return config_from_dict(metadata["architecture"]), checkpoint.part(part), facts
 
 
 def _published_backbone(
     path: Path, weights: str, known: dict[str, Any]
-) -> tuple[ViTConfig, dict[str, Tensor], dict[str, Any]]:
+) -> tuple[StudentConfig, dict[str, Tensor], dict[str, Any]]:
     loaded = read_tensors(path)
     part = "backbone" if weights == "best" else weights
     nest = {"backbone": None, "ema": "teacher"}.get(part, part)
@@ -322,14 +344,20 @@ def _published_backbone(
     if not state:
         raise ModelFileError(f"{path}: holds no {part!r} weights; its entries are {', '.join(list(loaded)[:6])}")
     try:
-        fields: dict[str, Any] = {"pos_interp": "1d", **_published_size(loaded), **known}
-        config = infer_vit(state, **fields)
+        config, state = infer_student(state, **{**_published_size(loaded), **known})
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    metadata = {
+    if isinstance(config, ViTConfig) and (config.width % config.heads or config.width % config.last_heads):
+        raise ModelFileError(
+            f"{path}: tokens of {config.width} channels do not divide into {config.heads} heads, {config.last_heads} "
+            f"in the last block, which DPAL's students have; expected one of these"
+        )
+    family = config_to_dict(config)["family"]
+    metadata: dict[str, Any] = {
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
-        "student": next((name for name, c in STUDENTS.items() if c.width == config.width), "vit"),
+        "student": next((name for name, student in STUDENTS.items() if _alike(student, config)), family),
+        "teachers": [],
         "parameters": {
             name: sum(value.numel() for value in values.values())
             for name, values in (("backbone", state), ("decoder", decoder))
@@ -337,6 +365,10 @@ def _published_backbone(
         "weights": part,
     }
     return config, state, metadata
+
+
+def _alike(one: StudentConfig, other: StudentConfig) -> bool:
+    return type(one) is type(other) and (one.width, one.depth) == (other.width, other.depth)
 
 
 def _reason(error: Exception) -> str:
@@ -361,10 +393,8 @@ def is_ours(path: Path) -> bool:
 
 
 def _published_size(loaded: dict[str, Any]) -> dict[str, Any]:
-    arguments = loaded.get("args")
-    if isinstance(arguments, argparse.Namespace) and hasattr(arguments, "height") and hasattr(arguments, "width"):
-        return {"size": (int(arguments.height), int(arguments.width))}
-    return {}
+    height, width = (getattr(loaded.get("args"), name, None) for name in ("height", "width"))
+    return {"size": (height, width)} if type(height) is type(width) is int else {}
 
 
 def decoder_name(key: str, *, narrowed: bool) -> str | None:

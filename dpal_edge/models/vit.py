@@ -5,8 +5,8 @@ embedding is resized by rules of its own. Parameter names are timm's, so weights
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,20 +49,6 @@ class ViTConfig:
         return cls(**{**fields, "size": tuple(fields["size"])})
 
 
-# DPAL's students (docs/method.md 2): twice the heads in the last block, a trait kept from TinyMIM.
-STUDENTS: dict[str, ViTConfig] = {
-    "vit_tiny": ViTConfig(width=192, heads=6, last_heads=12),
-    "vit_small": ViTConfig(width=384, heads=6, last_heads=12),
-}
-
-
-def student_config(
-    name: str, size: tuple[int, int], *, heads: tuple[int, int] = (6, 12), pos_interp: PosInterp = "2d"
-) -> ViTConfig:
-    """Return the architecture ``name`` at ``size`` (height, width); ``heads`` of most and of the last block."""
-    return replace(STUDENTS[name], size=size, heads=heads[0], last_heads=heads[1], pos_interp=pos_interp)
-
-
 class VisionTransformer(nn.Module):
     """Pre-norm ViT with learned positions; no dropout.
 
@@ -97,13 +83,13 @@ class VisionTransformer(nn.Module):
         """
         layer = layer or self.config.depth
         x = self.run_blocks(self.embed(images), layer - 1)
-        block = self.blocks[layer - 1]
+        block = cast(Block, self.blocks[layer - 1])
         return self.finish(block(x)), block.attn.qkv(block.norm1(x))
 
     def qkv(self, images: Tensor, layer: int | None = None) -> Tensor:
         """Return ``attend``'s second value alone: the rest of the block and the final norm are not run."""
         layer = layer or self.config.depth
-        block = self.blocks[layer - 1]
+        block = cast(Block, self.blocks[layer - 1])
         qkv: Tensor = block.attn.qkv(block.norm1(self.run_blocks(self.embed(images), layer - 1)))
         return qkv
 
@@ -115,7 +101,7 @@ class VisionTransformer(nn.Module):
             masked: (B, N) bool, true where a patch is hidden; None hides nothing.
             mask_token: what stands there, before positions are added.
         """
-        x = self.patch_embed["proj"](images)  # (B, D, rows, columns)
+        x: Tensor = self.patch_embed["proj"](images)  # (B, D, rows, columns)
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).mT  # (B, N, D)
         if masked is not None and mask_token is not None:
@@ -133,8 +119,8 @@ class VisionTransformer(nn.Module):
 
     def finish(self, x: Tensor) -> Tensor:
         """Apply the final norm; put the global token first where there is no class token."""
-        x = self.norm(x)
-        return x if self.cls_token is not None else torch.cat([x.mean(1, keepdim=True), x], dim=1)
+        normed: Tensor = self.norm(x)
+        return normed if self.cls_token is not None else torch.cat([normed.mean(1, keepdim=True), normed], dim=1)
 
 
 class Block(nn.Module):
@@ -171,7 +157,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one qkv matrix, fused by ``scaled_dot_product_attention``."""
+    """Multi-head self-attention with one qkv matrix."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -184,9 +170,21 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, width / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = mix_values(q, k, v)
         projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
         return projected
+
+
+def mix_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention of q (B, heads, M, d) over k and v (B, heads, N, d): (B, heads, M, d).
+
+    Fused, except in bf16 on a CPU: there torch's fused kernel runs backward 2 to 20 times slower than three plain
+    operations at the sizes of these models (bench/attention.py).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        mixed: Tensor = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return mixed
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def resize_positions(pos: Tensor, stored: tuple[int, int], wanted: tuple[int, int], mode: PosInterp) -> Tensor:

@@ -1,115 +1,117 @@
-"""What ``dpal-edge train`` does with its options, and what a person sees of a run."""
+"""What ``dpal-edge train`` does with its options, and what it says at the end."""
 
 import math
-import sys
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import torch
 
 from dpal_edge.errors import ConfigError
-from dpal_edge.files import find_images
+from dpal_edge.models.teacher_spec import anchor
 from dpal_edge.train.config import PRESETS, TrainConfig, build_config, parse_setting, read_config
 from dpal_edge.train.data import split_validation
-from dpal_edge.train.run import Record, Summary, Watcher, read_run_config, run_training
+from dpal_edge.train.distributed import in_worker, launch
+from dpal_edge.train.panel import Panel, named
+from dpal_edge.train.preview import dry_run
+from dpal_edge.train.run import Summary, run_training
+from dpal_edge.train.setup import read_run_config
+from dpal_edge.train.sources import open_source
+from dpal_edge.train.trackers import require_trackers
 
-_NAMED_FILES = 3  # files named in a line; the rest is counted
-_FOLDERS = ("data", "backgrounds", "crowd_data")
-_TERMS = ("loss", "global", "local", "relation", "router")
+_SOURCES = ("data", "backgrounds", "crowd_data")  # settings that hold paths or URLs
 
 
-def train(
+def resolve(
     run: Path,
     *,
-    teacher: str | None = None,
-    data: tuple[str, ...] = (),
-    student: str | None = None,
     preset: str | None = None,
     file: Path | None = None,
     settings: tuple[str, ...] = (),
     steps: int | None = None,
     epochs: float | None = None,
     resume: bool = False,
-) -> Summary:
-    """Build the configuration from options (``settings`` win over ``file``, ``file`` over ``preset``) and train.
+    **options: Any,
+) -> TrainConfig:
+    """Build the settings of a run: ``preset``, over it ``file``, ``options`` and ``settings``; what comes later wins.
+
+    Args:
+        run: the run folder; with ``resume`` its own settings come first.
+        preset: a name of PRESETS.
+        file: settings as YAML, TOML or JSON.
+        settings: ``KEY=VALUE`` each.
+        steps: updates.
+        epochs: passes over the data, in place of ``steps``.
+        resume: whether the run goes on.
+        options: settings by name; None and empty ones were not given.
 
     Raises:
-        ConfigError, DataError, ModelFileError: as run_training.
+        ConfigError: one is unknown, of a wrong type or value, or in conflict with another; or a necessary one lacks.
+        BackendUnavailable: a tracker is not installed.
     """
-    fields: dict[str, Any] = read_run_config(run) if resume else {}
-    fields |= PRESETS[preset] if preset else {}
-    fields |= read_config(file) if file else {}
-    given = {"teacher": teacher, "data": list(data) or None, "student": student, "steps": steps}
-    fields |= {name: value for name, value in given.items() if value is not None}
+    begun = read_run_config(run) if resume else {}
+    fields = begun | (PRESETS[preset] if preset else {}) | (read_config(file) if file else {})
+    given = {**options, "steps": steps}
+    fields |= {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
     fields |= dict(parse_setting(text) for text in settings)
+    _check_method(fields, begun, preset)
     for name, option in (("teacher", "--teacher SPEC"), ("data", "--data DIR")):
         if not fields.get(name):
             raise ConfigError(f"no {name}: give {option}")
     if epochs is not None:
-        fields["steps"] = _steps_of(epochs, steps, build_config({**fields, "steps": 1}))
-    with ProgressBar() as bar:
-        return run_training(_anchored(build_config(fields)), run, resume=resume, watcher=bar)
+        if steps is not None:
+            raise ConfigError("both --steps and --epochs are given; give one")
+        fields["steps"] = _steps_of(epochs, build_config({**fields, "steps": 1}))
+    config = _anchored(build_config(fields))
+    require_trackers(config.trackers)
+    return config
 
 
-class ProgressBar(Watcher):
-    """Say what starts, then show a bar with speed, loss terms and data wait; the bar only on a terminal."""
+def train(
+    config: TrainConfig,
+    run: Path,
+    *,
+    resume: bool,
+    dry: bool,
+    processes: int | None,
+    arguments: list[str],
+    say: Callable[[str], object],
+) -> int:
+    """Train here, or in several processes that run the command once more, or only try; return the exit status.
 
-    def __init__(self) -> None:
-        self._bar: tqdm[None] | None = None
+    Args:
+        config: the settings.
+        run: the run folder.
+        resume: go on from its newest checkpoint.
+        dry: measure and draw what training would be, and save nothing of it.
+        processes: on this machine; None is one for each GPU that the settings allow.
+        arguments: the command line, without the name of the command.
+        say: told the outcome.
 
-    def started(self, facts: dict[str, Any]) -> None:
-        """Print what is trained on what."""
-        teacher, counts = facts["teacher"], facts["parameters"]
-        ignored = _named(facts["ignored"])
-        lines = [
-            f"student   {facts['student']}, {counts['backbone'] / 1e6:.2f} M parameters, "
-            f"with a train-only decoder of {counts['decoder'] / 1e6:.2f} M",
-            f"teacher   {teacher['spec']}, {counts['teacher'] / 1e6:.1f} M parameters, layer {teacher['layer']}, "
-            f"{100 * teacher['keys_matched']:.0f} % of keys matched, licence {teacher['licence']}",
-            f"images    {facts['images']} to train on, {facts['validation_images']} held out"
-            + (f"; {len(facts['ignored'])} files ignored, no images by name: {ignored}" if ignored else ""),
-            f"device    {facts['device']} in {facts['precision']}",
-            f"updates   {facts['from_step']} to {facts['steps']} of {facts['batch']} images",
-        ]
-        sys.stderr.write("".join(f"{line}\n" for line in lines))
-        self._bar = tqdm(
-            total=facts["steps"],
-            initial=facts["from_step"],
-            unit="update",
-            disable=None,  # silent when standard error is not a terminal
-            dynamic_ncols=True,
-        )
-
-    def updated(self, step: int) -> None:
-        """Advance the bar."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def recorded(self, record: Record) -> None:
-        """Show the newest numbers."""
-        terms = " ".join(f"{name} {record.values[name]:.3f}" for name in _TERMS if name in record.values)
-        speed = f"{record.images_per_s:.1f} images/s, data wait {100 * record.data_wait:.0f} %"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{speed}, {terms}")
-
-    def stopping(self) -> None:
-        """Say why nothing seems to happen for a moment."""
-        sys.stderr.write("\nstopping: saving what was learned; once more gives up at once\n")
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    Raises:
+        ConfigError, DataError, ModelFileError: as run_training.
+    """
+    count = processes or _one_per_gpu(config)
+    if dry:
+        say(dry_run(config, run, resume=resume, processes=count, say=say))
+        return 0
+    if count > 1 and not in_worker():
+        return launch(count, arguments)
+    with Panel() as panel:
+        summary = run_training(config, run, resume=resume, watcher=panel)
+    if os.environ.get("RANK", "0") == "0":
+        say(describe(summary, run))
+    return 130 if summary.interrupted else 0
 
 
 def describe(summary: Summary, run: Path) -> str:
     """Say in a few lines how a run ended and what to do next."""
     lines = []
     if summary.last is not None:
-        terms = ", ".join(f"{name} {summary.last.values[name]:.4f}" for name in _TERMS)
+        values = summary.last.values.items()
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values if not name.startswith("usage/"))
         lines.append(
             f"{summary.images_per_s:.1f} images/s over {summary.seconds:.0f} s, "
             f"{100 * summary.data_wait:.1f} % of it waiting for data; {terms}"
@@ -117,11 +119,14 @@ def describe(summary: Summary, run: Path) -> str:
     if summary.validation:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in summary.validation.items())
         lines.append(f"loss on held-out images: {losses}")
+    if summary.probes:
+        lines.append("probe: " + ", ".join(f"{name} {score:.4g}" for name, score in summary.probes.items()))
     if summary.skipped:
         lines.append(
-            f"skipped {len(summary.skipped)} unreadable files: {_named(sorted(summary.skipped))}; "
+            f"skipped {len(summary.skipped)} unreadable files: {named(sorted(summary.skipped))}; "
             f"all are in {run / 'skipped.jsonl'}"
         )
+    lines.append(f"report: {run / 'report.html'}")
     if summary.interrupted:
         lines.append(f"stopped after update {summary.step}; go on with: dpal-edge train --out {run} --resume")
     else:
@@ -130,29 +135,38 @@ def describe(summary: Summary, run: Path) -> str:
     return "\n".join(lines)
 
 
+def _check_method(fields: dict[str, Any], begun: dict[str, Any], preset: str | None) -> None:
+    """Refuse settings of one method for another, which would otherwise be called unknown one by one."""
+    method = fields.get("method", TrainConfig.method)
+    if begun and method != begun.get("method", method):
+        raise ConfigError(f"the run was begun with method {begun['method']}, not {method}; start a new run for another")
+    if preset == "published" and method != "dpal":
+        raise ConfigError(f"preset published is DPAL's, and the method is {method}; leave --preset out")
+
+
 def _anchored(config: TrainConfig) -> TrainConfig:
     """Make paths absolute, so that resume and export find the same files from any folder."""
-    folders: dict[str, Any] = {
-        name: tuple(str(Path(folder).resolve()) for folder in getattr(config, name)) for name in _FOLDERS
+    sources: dict[str, Any] = {
+        name: tuple(spec if "://" in spec else str(Path(spec).resolve()) for spec in getattr(config, name))
+        for name in _SOURCES
     }
-    prefix, at, file = config.teacher.rpartition("@")
-    if config.teacher.startswith("timm:"):
-        teacher = f"{prefix}@{Path(file).resolve()}" if at else config.teacher
-    else:
-        teacher = str(Path(config.teacher).resolve())
-    return replace(config, teacher=teacher, **folders)
+    tasks = (task.partition("=") for task in config.probe)
+    cache = config.teacher_cache
+    return replace(
+        config,
+        teacher=tuple(anchor(spec) for spec in config.teacher),
+        probe=tuple(f"{name}={Path(folder).resolve()}" if equals else name for name, equals, folder in tasks),
+        teacher_cache=None if cache is None else str(Path(cache).resolve()),
+        **sources,
+    )
 
 
-def _named(files: list[str]) -> str:
-    more = len(files) - _NAMED_FILES
-    return ", ".join(files[:_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _steps_of(epochs: float, steps: int | None, config: TrainConfig) -> int:
+def _steps_of(epochs: float, config: TrainConfig) -> int:
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigError(f"--epochs is {epochs}, expected more than 0")
-    if steps is not None:
-        raise ConfigError("both --steps and --epochs are given; give one")
-    found = find_images(config.data)
-    images = len(split_validation(found.paths, config.validation_images, config.seed)[0])
-    return max(round(epochs * images / config.batch), 1)
+    train, _ = split_validation(open_source(config.data), config.validation_images, config.order_seed)
+    return max(round(epochs * len(train) / config.batch), 1)
+
+
+def _one_per_gpu(config: TrainConfig) -> int:
+    return max(torch.cuda.device_count(), 1) if config.device in ("auto", "cuda") else 1

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -10,72 +11,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from dpal_edge.errors import ConfigError
-from dpal_edge.models.vit import STUDENTS
+from dpal_edge.models.students import STUDENTS
+from dpal_edge.train.methods import find_method
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_INNER_STEP = 48  # the decoder splits this width into 16 heads, and into 12
-_POSITIVE = (
-    "steps",
-    "batch",
-    "base_lr",
-    "log_every",
-    "save_every",
-    "keep",
-    "relation_temperature",
-    "size",
-    "local_size",
-    "crowd_size",
-)
+_POSITIVE = ("steps", "batch", "accumulate", "base_lr", "log_every", "save_every", "keep", "size", "local_size",
+             "crowd_size")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run of DPAL. docs/method.md 8 lists what is published and what departs; ``PUBLISHED`` holds the former."""
+    """One run: what every method needs. docs/method.md 8 lists what is published and what departs from it.
+
+    In files and on the command line the fields of ``options`` stand beside the others: one flat list of names.
+    """
+
+    method: str = "dpal"  # a file of train/methods
+    options: Any = None  # the settings of the method alone, an instance of its ``options`` class
 
     # What is distilled from what
-    teacher: str = ""  # timm:NAME, timm:NAME@FILE or FILE
+    teacher: tuple[str, ...] = ()  # SOURCE[?key=value&...] each; models/teacher.py tells the keys
     teacher_layer: int | None = None  # block to align, 1 to depth; None is the last
-    teacher_heads: int | None = None  # of a ViT read from FILE; None is width / 64
-    data: tuple[str, ...] = ()  # folders of person crops, searched recursively
+    data: tuple[str, ...] = ()  # folders of person crops, searched recursively, or .tar shards; paths or fsspec URLs
     student: str = "vit_tiny"
-    heads: Literal["6+12", "3"] = "6+12"  # 6 in all blocks but 12 in the last (published), or timm's 3 everywhere
+    heads: str = "6+12"  # of a ViT: 6 in all blocks but 12 in the last (published); "3" is timm's 3 everywhere
     pos_init: Literal["trunc_normal", "uniform"] = "trunc_normal"
     pos_interp: Literal["2d", "2d-dino", "1d"] = "2d"
-    inner_width: int | None = None  # narrow wide students to this before the decoder
 
     # Views, (height, width) in pixels
     size: tuple[int, int] = (256, 128)
     local_size: tuple[int, int] = (128, 96)
     crowd_size: tuple[int, int] = (256, 256)
-    crowd: Literal["others", "self"] = "others"  # who is pasted: others of the batch, or the image itself twice
+    crowd: Literal["others", "self"] = "others"  # who is pasted: another image as well, or the image itself twice
     crowd_source: Literal["paste", "real", "mixed"] = (
         "paste"  # synthetic crowds, images of crowd_data, or half and half
     )
     crowd_data: tuple[str, ...] = ()  # folders of real multi-person images
     backgrounds: tuple[str, ...] = ()  # folders of images without people; without any, blurred crops serve
-
-    # Method
-    router: Literal["soft", "oracle"] = "soft"
-    query_init: Literal["normal", "zeros"] = "normal"
-    mask: Literal["foreground", "published", "none"] = "foreground"
-    relation: Literal["log_softmax", "softmax"] = "log_softmax"
-    relation_temperature: float = 1.0
-    global_weight: float = 1.0
-    local_weight: float = 1.0
-    relation_weight: float = 1.0
-    router_weight: float = 0.1  # for the first router_warmup of the run, then router_weight_late
-    router_weight_late: float = 0.01
-    router_warmup: float = 0.1  # share of the run: 20 of 200 epochs
-    penalty_weight: float = 1.0
+    augment: Literal["auto", "workers", "device"] = "auto"  # where colours and blur are changed; auto: device on CUDA
 
     # Optimisation
     steps: int = 10_000  # optimizer updates
-    batch: int = 256  # images per update
+    batch: int = 256  # images per update, over all processes
+    accumulate: int = 1  # passes that an update is made of, each with batch / accumulate images
     base_lr: float = 2.5e-4  # peak learning rate per 256 images
     warmup: float = 0.05  # share of the run with a linearly rising learning rate: 10 of 200 epochs
     weight_decay: float = 0.05
@@ -86,33 +71,45 @@ class TrainConfig:
 
     # The machine and the run folder
     device: str = "auto"
-    workers: int | None = None  # processes that decode and augment; None chooses
-    seed: int = 0
+    compile: bool = False  # let torch.compile fuse the student's part of the update
+    workers: int | None = None  # processes that decode and augment, for each training process; None chooses
+    seed: int = 0  # of the initial weights, and of the data unless data_seed is given
+    data_seed: int | None = None  # of the split, the order and the views
+    view_variants: int | None = None  # views that an image has in all; None draws new ones in every epoch
+    teacher_cache: str | None = None  # folder that keeps what the teachers said; needs view_variants
     log_every: int = 10  # updates between lines of metrics.jsonl
     save_every: int = 1000  # updates between checkpoints
     keep: int = 2  # newest checkpoints that stay
     validation_images: int = 64  # held out of training to choose between backbone and running mean; 0 is none
+    probe: tuple[str, ...] = ()  # NAME=DIR each: tasks that the frozen student is probed on during training
+    probe_every: int = 5000  # updates between probes
+    probe_images: int = 500  # images of each split that a probe looks at
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        _check_literals(self)
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) <= 0:
-                raise ConfigError(f"{name} is {value}, expected more than 0")
-        for name in ("router_warmup", "warmup", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        for name in ("clip", "weight_decay", "validation_images", "workers", "seed"):
+        check_fields(self, positive=_POSITIVE, shares=("warmup", "ema_decay"))
+        for name in ("clip", "weight_decay", "validation_images", "workers", "seed", "data_seed"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("view_variants", "probe_every", "probe_images"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"{name} is {value}, expected more than 0")
+        if self.teacher_cache is not None and self.view_variants is None:
+            raise ConfigError("teacher_cache needs views that come again: give --set view_variants=4, for example")
+        if self.batch % self.accumulate:
+            raise ConfigError(f"batch is {self.batch}, expected a multiple of accumulate={self.accumulate}")
         self._check_views()
 
     def _check_views(self) -> None:
-        if self.inner_width is not None and (self.inner_width <= 0 or self.inner_width % _INNER_STEP):
-            raise ConfigError(f"inner_width is {self.inner_width}, expected a multiple of {_INNER_STEP}")
         if self.student not in STUDENTS:
             raise ConfigError(f"student is {self.student!r}, expected one of {', '.join(STUDENTS)}")
-        patch = STUDENTS[self.student].patch_size
+        student = STUDENTS[self.student]
+        if not re.fullmatch(r"[1-9]\d?(\+[1-9]\d?)?", self.heads) or any(student.width % n for n in self.block_heads):
+            raise ConfigError(
+                f"heads is {self.heads!r}, expected divisors of the width {student.width} as N, or as N+LAST for "
+                f"another number in the last block"
+            )
+        patch = student.patch_size
         for name in ("size", "local_size", "crowd_size"):
             if any(side % patch for side in getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected multiples of the patch size {patch}")
@@ -126,9 +123,22 @@ class TrainConfig:
         if self.crowd_source == "paste" and self.crowd_data:
             raise ConfigError("crowd_data is given but crowd_source is 'paste'; set crowd_source to real or mixed")
 
+    @property
+    def block_heads(self) -> tuple[int, int]:
+        """Attention heads of a ViT student's blocks and of its last one."""
+        most, _, last = self.heads.partition("+")
+        return int(most), int(last or most)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of split, order and views."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return all fields, those of the method's options among them, as JSON-ready values."""
+        fields = dataclasses.asdict(self)
+        fields |= fields.pop("options")
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 # What docs/method.md 8 calls faithful, by the names above.
@@ -150,20 +160,26 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}, "published": PUBLISHED}
 
 
 def build_config(fields: dict[str, Any]) -> TrainConfig:
-    """Build a config from parsed JSON or TOML values, lists standing for tuples.
+    """Build a config from parsed JSON, TOML or YAML values, lists standing for tuples.
 
     Raises:
         ConfigError: an unknown field, a value of the wrong type, or one out of range.
     """
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    core = typing.get_type_hints(TrainConfig)
+    method = find_method(fields.get("method", TrainConfig.method))
+    own = typing.get_type_hints(method.options)
+    known = (core.keys() | own.keys()) - {"options"}
     if unknown := fields.keys() - known:
-        raise ConfigError(f"unknown setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
-    hints = typing.get_type_hints(TrainConfig)
-    return TrainConfig(**{name: _coerce(hints[name], value, name) for name, value in fields.items()})
+        unknown_names, known_names = ", ".join(sorted(unknown)), ", ".join(sorted(known))
+        name = fields.get("method", TrainConfig.method)
+        raise ConfigError(f"unknown setting {unknown_names} for the method {name}; known are {known_names}")
+    options = method.options(**{name: _coerce(own[name], fields[name], name) for name in fields.keys() & own.keys()})
+    values = {name: _coerce(core[name], fields[name], name) for name in fields.keys() & core.keys()}
+    return TrainConfig(options=options, **values)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read settings from a ``.toml`` file, or from a ``.json`` one such as a run folder's ``config.json``.
+    """Read settings from a ``.yaml`` or ``.toml`` file, or a ``.json`` one such as a run folder's ``config.json``.
 
     Raises:
         ConfigError: missing, of another suffix, or not valid.
@@ -171,13 +187,13 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".toml":
             return dict(tomllib.loads(path.read_text(encoding="utf-8")))
-        if path.suffix == ".json":
-            settings = json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix in (".json", ".yaml", ".yml"):
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
             if isinstance(settings, dict):
                 return settings
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as settings ({error})") from error
-    raise ConfigError(f"{path}: expected a .toml or .json file of settings by name")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as settings ({' '.join(str(error).split())})") from error
+    raise ConfigError(f"{path}: expected a .yaml, .toml or .json file of settings by name")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -207,18 +223,49 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if len(items) == len(kinds):
             return tuple(_coerce(kind, item, name) for kind, item in zip(kinds, items, strict=True))
     elif origin is Literal:
-        return str(value) if type(value) is int else value  # heads=3 is parsed as a number; the config checks the rest
-    elif hint is float:
-        if type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-    elif type(value) is hint:
-        return value
+        return _choice(arguments, value, name)
+    elif (number := _as_plain(hint, value)) is not None:
+        return number
     wanted = str(hint).replace("typing.", "") if origin else hint.__name__
     raise ConfigError(f"{name} is {value!r}, expected {wanted}")
 
 
-def _check_literals(config: TrainConfig) -> None:
-    for name, hint in typing.get_type_hints(TrainConfig).items():
+def _choice(choices: tuple[Any, ...], value: Any, name: str) -> Any:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def _as_plain(hint: Any, value: Any) -> Any:
+    """Return ``value`` as the plain type ``hint``, None if it is of another kind.
+
+    Integers pass for text (heads=3), and text for numbers where it is one: YAML takes 1e-3 for text.
+    """
+    if hint is str and type(value) is int:
+        return str(value)
+    if hint is not float or isinstance(value, bool):
+        return value if type(value) is hint else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def check_fields(config: Any, *, positive: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
+    """Check a dataclass of settings: literals, ``positive`` numbers or tuples of them, ``shares`` of 0 to 1.
+
+    Raises:
+        ConfigError: the first that is wrong.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
         if typing.get_origin(hint) is Literal and getattr(config, name) not in typing.get_args(hint):
             choices = ", ".join(typing.get_args(hint))
             raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {choices}")
+    for name in positive:
+        value = getattr(config, name)
+        if min(value if isinstance(value, tuple) else (value,)) <= 0:
+            raise ConfigError(f"{name} is {value}, expected more than 0")
+    for name in shares:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}, expected 0 to 1")

@@ -4,54 +4,70 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.models.teacher import Teacher
-from dpal_edge.models.vit import VisionTransformer, normalize
+from dpal_edge.models.students import Student
+from dpal_edge.models.teacher import Teachers
 from dpal_edge.runtime.device import cpu_features
+from dpal_edge.train.augment import to_views
+from dpal_edge.train.cache import TargetCache
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import Batch, PersonBatches
-from dpal_edge.train.dpal import Dpal, Images
+from dpal_edge.train.distributed import World
+from dpal_edge.train.method import Method, Values, Views
+from dpal_edge.train.methods import find_method
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory")
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class State:
     """All that an update changes: saved whole, restored whole."""
 
-    method: Dpal
+    method: Method
+    model: nn.Module  # the method, or what averages its gradients over processes
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    ema: VisionTransformer  # running mean of the backbone
+    ema: Student  # running mean of the backbone
     device: torch.device
     precision: str  # float32, bf16 or fp16
+    world: World
+    cache: TargetCache | None = None
     step: int = 0  # updates done
 
 
 class TimedLoader:
-    """Iterate batches once and add up the seconds that the loop waited for them; closing it ends its workers."""
+    """Iterate the passes of each update once, and add up the seconds that the loop waited for them.
 
-    def __init__(self, batches: PersonBatches, steps: range, *, workers: int, device: torch.device) -> None:
+    An item is the list of one update's batches, of which there are ``accumulate``. Closing it ends the workers.
+    """
+
+    def __init__(
+        self, batches: PersonBatches, steps: range, *, workers: int, device: torch.device, accumulate: int = 1
+    ) -> None:
+        self.batches = batches
         self.waited_s = 0.0
+        self._accumulate = accumulate
         self._loader: DataLoader[Batch] = DataLoader(
             batches,
-            sampler=steps,
+            sampler=range(steps.start * accumulate, steps.stop * accumulate),
             batch_size=None,  # an item is a whole batch
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_prepare_worker,
         )
-
         self._iterator: Iterator[Batch] | None = None
 
     def __enter__(self) -> "TimedLoader":
@@ -60,16 +76,16 @@ class TimedLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         self._iterator = iter(self._loader)
         try:
             while True:
                 start = time.perf_counter()
-                batch = _next(self._iterator)
+                batches = [batch for batch in (_next(self._iterator) for _ in range(self._accumulate)) if batch]
                 self.waited_s += time.perf_counter() - start
-                if batch is None:
+                if not batches:
                     return
-                yield batch
+                yield batches
         finally:
             self.close()
 
@@ -79,7 +95,7 @@ class TimedLoader:
             self._iterator._shutdown_workers()
 
 
-def choose_device(config: TrainConfig, *, earlier: str | None = None) -> tuple[torch.device, str]:
+def choose_device(config: TrainConfig, world: World, *, earlier: str | None = None) -> tuple[torch.device, str]:
     """Resolve ``auto``: CUDA if there is one; bf16 where the device multiplies it faster than float32.
 
     A run that goes on keeps its ``earlier`` precision, so that it does not change half-way on another machine.
@@ -88,6 +104,8 @@ def choose_device(config: TrainConfig, *, earlier: str | None = None) -> tuple[t
         ConfigError: a device that torch does not see, or fp16 without CUDA.
     """
     name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -104,64 +122,112 @@ def choose_device(config: TrainConfig, *, earlier: str | None = None) -> tuple[t
     return device, precision
 
 
-def build_state(config: TrainConfig, teacher: Teacher, device: torch.device, precision: str) -> State:
-    """Build method, optimizer and running mean at update 0."""
-    method = Dpal.build(config, teacher).to(device)
-    groups = _parameter_groups(method, config)
-    optimizer = AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+def build_state(
+    config: TrainConfig, teachers: Teachers, device: torch.device, precision: str, world: World | None = None
+) -> State:
+    """Build method, optimizer and running mean at update 0; teachers change to ``precision``."""
+    world = world or World()
+    method = find_method(config.method).build(config, teachers).to(device)
+    teachers.cast(DTYPES[precision])
+    optimizer = AdamW(_parameter_groups(method, config), lr=0.0, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = copy.deepcopy(method.backbone).requires_grad_(False)
-    return State(method, optimizer, scaler, ema, device, precision)
+    if config.compile:
+        method.compile()
+    model = DistributedDataParallel(method, broadcast_buffers=False) if world.size > 1 else method
+    return State(method, model, optimizer, scaler, ema, device, precision, world)
 
 
-def train(state: State, loader: TimedLoader, config: TrainConfig) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Update once per batch; yield the batch and detached values still on the device, so that no sync happens here."""
+def train(state: State, loader: TimedLoader, config: TrainConfig) -> Iterator[tuple[list[Batch], Values]]:
+    """Update once per item; yield its batches and detached values still on the device, so that no sync happens here.
+
+    Raises:
+        ConfigError: the device's memory is too small; says what fits.
+    """
     state.method.train()
-    for batch in loader:
-        images = to_images(batch, state.device)
+    for batches in loader:
         rate = learning_rate(state.step, config)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
+        progress = state.step / config.steps
+        passes = (to_views(batch, state.device) for batch in batches)
         try:
-            values = train_step(state, images, progress=state.step / config.steps, max_norm=config.clip)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"{state.device} has too little memory for batch={config.batch}; "
-                f"start a new run with --set batch={max(config.batch // 2, 1)}"
-            ) from error
+            values = train_step(state, passes, count=len(batches), progress=progress, max_norm=config.clip)
+        except RuntimeError as error:
+            del passes
+            traceback.clear_frames(error.__traceback__)  # they hold what the failed update had allocated
+            if is_out_of_memory(error) and (advice := _what_fits(state, config, loader.batches)):
+                raise ConfigError(advice) from error
+            raise
         state.step += 1
         update_ema(state.ema, state.method.backbone, ema_decay(state.step, config))
-        yield batch, values
+        yield batches, values
 
 
-def train_step(state: State, images: Images, *, progress: float, max_norm: float) -> dict[str, Tensor]:
-    """Update the student once and return loss terms and gradient norm, detached, on the device."""
-    with autocast(state.device, state.precision):
-        losses = state.method(images, progress)
-    state.scaler.scale(losses["loss"]).backward()
+def train_step(state: State, passes: Iterable[Views], *, count: int = 1, progress: float, max_norm: float) -> Values:
+    """Update the student once from ``count`` passes of equal size.
+
+    Returns:
+        Loss terms, averaged over passes, and the norm of the gradient before clipping; detached, on the device.
+    """
+    total: Values = {}
+    for i, views in enumerate(passes):
+        # Processes exchange gradients in the last pass alone.
+        model = state.model
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and i < count - 1 else nullcontext():
+            for name, value in compute(state, views, progress, share=1 / count).items():
+                total[name] = total[name] + value / count if name in total else value / count
     state.scaler.unscale_(state.optimizer)
     trainable = [p for group in state.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return {**{name: value.detach() for name, value in losses.items()}, "grad_norm": norm}
+    return {**total, "grad_norm": norm}
+
+
+def compute(state: State, views: Views, progress: float, *, share: float = 1.0) -> Values:
+    """Add the gradients of one pass, scaled by ``share``; return its detached values."""
+    targets = targets_of(state, views)
+    with autocast(state.device, state.precision):
+        values: Values = state.model(views, targets, progress)
+    torch.autograd.backward(state.scaler.scale(values["loss"] * share))
+    return {name: value.detach() for name, value in values.items()}
 
 
 @torch.no_grad()
-def validate(state: State, batches: PersonBatches, count: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the mean loss of ``backbone`` and ``ema`` over the first ``count`` batches, and what could not be read."""
+def targets_of(state: State, views: Views) -> Values:
+    """Return what the teachers say of the views, from the cache if it knows all of them."""
+    if state.cache is None or views.keys is None:
+        return state.method.targets(views)
+    found = state.cache.get(views.keys, state.device)
+    if found is None:
+        dtype = DTYPES[state.precision]
+        # Rounded as the cache rounds, so that an update does not depend on whether it was the one to fill the cache.
+        found = {name: value.to(dtype).float() for name, value in state.method.targets(views).items()}
+        state.cache.put(views.keys, found, dtype)
+    return found
+
+
+@torch.no_grad()
+def validate(state: State, batches: PersonBatches) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the mean loss of ``backbone`` and ``ema`` over held-out images, and what could not be read.
+
+    Every process does the same, because a method may look at all processes' images at once.
+    """
     method, trained = state.method.eval(), state.method.backbone
+    count = -(-len(batches.source.names) // batches.batch)
     totals = {name: torch.zeros((), device=state.device) for name in ("backbone", "ema")}
     skipped: dict[str, str] = {}
     for i in range(count):
         batch = batches[i]
         skipped.update(batch.skipped)
-        images = to_images(batch, state.device)
+        views = to_views(batch, state.device)
+        targets = method.targets(views)
         for name, backbone in (("backbone", trained), ("ema", state.ema)):
             method.backbone = backbone
             with autocast(state.device, state.precision):
-                totals[name] += method(images, 1.0)["loss"].float()
+                totals[name] += method(views, targets, 1.0)["loss"].float()
         method.backbone = trained
     method.train()
     return {name: total.item() / count for name, total in totals.items()}, skipped
@@ -189,17 +255,51 @@ def update_ema(ema: nn.Module, source: nn.Module, decay: float) -> None:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Compute in ``precision``; float32 turns autocast off."""
-    return torch.autocast(device.type, _AUTOCAST.get(precision, torch.bfloat16), enabled=precision in _AUTOCAST)
+    low = precision != "float32"
+    return torch.autocast(device.type, DTYPES[precision] if low else torch.bfloat16, enabled=low)
 
 
-def to_images(batch: Batch, device: torch.device) -> Images:
-    """Move a batch to ``device`` and normalise it there with the ImageNet mean and std."""
-    views = (batch.base, batch.local, batch.crowd)
-    base, local, crowd = (normalize(view.to(device, non_blocking=True)) for view in views)
-    return Images(base, local, crowd)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell a device, or a CPU, that has no memory left from any other failure.
+
+    oneDNN does not say why it could not create something; lack of memory is the cause that goes away with less of it.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
-def _parameter_groups(method: Dpal, config: TrainConfig) -> list[dict[str, object]]:
+def _what_fits(state: State, config: TrainConfig, batches: PersonBatches) -> str | None:
+    """Say how to go on after memory ran out: try ever smaller passes of the same update until one fits; None does."""
+    images, factor = batches.batch, 2
+    while images >= factor and config.batch % (config.accumulate * factor * state.world.size) == 0:
+        # Where several processes exchange what they found, one that failed cannot try alone.
+        if state.world.size > 1 or _fits(state, batches, images // factor):
+            fits = "try" if state.world.size > 1 else "it is enough for"
+            return (
+                f"{state.device} has too little memory for {images} images at a time; {fits} {images // factor}: go on "
+                f"with --resume --set accumulate={config.accumulate * factor}, which keeps the batch of {config.batch}"
+            )
+        factor *= 2
+    return None
+
+
+def _fits(state: State, batches: PersonBatches, images: int) -> bool:
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()
+    smaller = PersonBatches(batches.source, batches.config, batches.views, batch=images)
+    try:
+        compute(state, to_views(smaller[0], state.device), 0.0)
+    except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)
+        if is_out_of_memory(error):
+            return False
+        raise
+    finally:
+        state.optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def _parameter_groups(method: Method, config: TrainConfig) -> list[dict[str, object]]:
     """Split what trains into decayed and not decayed parameters."""
     spared = method.spared_from_decay() if config.no_decay == "embeddings" else set()
     groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
@@ -228,7 +328,7 @@ def _next(iterator: Iterator[Batch]) -> Batch | None:
         ) from error
 
 
-def _ignore_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Let Ctrl-C and SIGTERM reach the loop alone: it finishes the update in hand with batches that must still come."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,11 @@
-"""The three alignments of DPAL and the shape mask (arXiv 2508.07144; docs/method.md 5, 6)."""
+"""The alignments of DPAL and TinyMIM, and the shape mask (arXiv 2508.07144, 2301.01296; docs/method.md 5, 6, 9, 10)."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dpal_edge.errors import ConfigError
 
 
 def global_loss(students: list[Tensor], teacher: Tensor) -> Tensor:
@@ -42,13 +45,70 @@ def relation_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0,
     """
     target = relations(teacher, temperature)
     logits = _relation_logits(student, temperature)
-    log_student = logits.log_softmax(-1) if stable else logits.softmax(-1).log()
-    return F.kl_div(log_student, target, reduction="none").sum(-1).mean()
+    return _divergence(logits.log_softmax(-1) if stable else logits.softmax(-1).log(), target)
 
 
 def relations(tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Attention of each token to all, (B, N, N), rows sum to 1: softmax of inner products by the root of the width."""
     return _relation_logits(tokens, temperature).softmax(-1)
+
+
+def attention_losses(student: Tensor, teacher: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """KL divergences between the attention of teacher and student, of queries to keys and of values to values.
+
+    Head is paired with head; the maps are softmax(Q K^T s) and softmax(V V^T s), s = (own head width) ** -0.5, over all
+    tokens, the class token included.
+
+    Args:
+        student: (B, T, 3 * D) qkv output of one block.
+        teacher: (B, T, 3 * O) qkv output of one block, of the same tokens; receives no gradient. Without a class token
+            it has one less, and the student's first token is left out.
+        heads: of both blocks.
+
+    Returns:
+        Two scalars >= 0, summed over keys, mean over images, heads and queries; 0 where the maps agree.
+
+    Source: TinyMIM (arXiv 2301.01296), official code.
+    """
+    student = student[:, -teacher.shape[1] :]
+    pairs = zip(attention_logits(student, heads), attention_logits(teacher.detach(), heads), strict=True)
+    queries_keys, values_values = (_divergence(ours.log_softmax(-1), theirs.softmax(-1)) for ours, theirs in pairs)
+    return queries_keys, values_values
+
+
+def paired_heads(student: int, teacher: int | None, spec: str) -> int:
+    """Return the number of attention heads that ``attention_losses`` pairs: both blocks must have as many.
+
+    Args:
+        student: heads of the student's last block.
+        teacher: heads of the teacher's blocks; None where it has no attention over all its tokens.
+        spec: what the teacher was called by.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if teacher is None:
+        raise ConfigError(f"teacher {spec} has no attention maps over all its tokens to align with; take a ViT")
+    if student != teacher:
+        raise ConfigError(
+            f"attention maps are aligned head by head, but the student's last block has {student} heads and teacher "
+            f"{spec} has {teacher}; give --set heads=6+{teacher}, or take a teacher with {student}"
+        )
+    return student
+
+
+def attention_logits(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Scaled products of queries with keys and of values with values, (B, heads, T, T) each, of a qkv output."""
+    with torch.autocast(qkv.device.type, enabled=False):
+        split = qkv.float().reshape(*qkv.shape[:2], 3, heads, -1)
+        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, width / heads)
+        scale = q.shape[-1] ** -0.5
+        return q @ k.mT * scale, v @ v.mT * scale
+
+
+def _divergence(log_student: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence of rows over the last axis, the teacher's first; mean over all rows."""
+    return F.kl_div(log_student, teacher, reduction="none").sum(-1).mean()
 
 
 def _relation_logits(tokens: Tensor, temperature: float) -> Tensor:
@@ -65,7 +125,10 @@ class ShapeMask(nn.Module):
     so whether people are 1 or 0, is arbitrary and may flip between batches. ``foreground`` (the default of a run)
     departs: patches are projected on a running mean of the batches' first components, each found by a few power
     iterations and signed so that the middle of the crops scores above their left and right edge; and the scale is
-    taken from the 2nd to the 98th percentile, clipped.
+    taken from the 2nd to the 98th percentile, clipped. It never waits for the device.
+
+    In training mode the batch is that of all processes together, of which each must bring as many patches: the mask
+    is then the same as in one process, up to rounding. In eval mode a process looks at its own batch alone.
     """
 
     direction: Tensor
@@ -81,34 +144,61 @@ class ShapeMask(nn.Module):
         """Return the mask (B, N, 1) in 0..1 for teacher patches (B, N, O) on a ``grid`` of rows and columns."""
         with torch.autocast(patches.device.type, enabled=False):  # products over a batch overflow fp16
             points = patches.float().flatten(0, 1)
-            points = points - points.mean(0)
+            points = points - self._mean(points.mean(0))
             if self.published:
                 # eigh sorts ascending: the last eigenvector of the scatter matrix is the first principal component
-                scores = points @ torch.linalg.eigh(points.T @ points).eigenvectors[:, -1]
-                low, high = scores.min(), scores.max()
+                scores = points @ torch.linalg.eigh(self._mean(points.T @ points)).eigenvectors[:, -1]
+                low, high = self._gather(scores).aminmax()
             else:
                 scores = self._foreground_scores(points, grid)
-                low, high = _percentiles(scores, 0.02, 0.98)
+                low, high = _percentiles(self._gather(scores), 0.02, 0.98)
             mask: Tensor = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
             return mask.view(*patches.shape[:2], 1)
 
     def _foreground_scores(self, points: Tensor, grid: tuple[int, int]) -> Tensor:
         """Project centred ``points`` (B * N, O) on the signed running mean of first components."""
         known = self.direction.any()
-        direction = torch.where(known, self.direction, points[points.square().sum(1).argmax()])
+        direction = torch.where(known, self.direction, self._farthest(points))
         for _ in range(self.iterations):
-            direction = F.normalize(points.T @ (points @ direction), dim=0)
+            direction = F.normalize(self._mean(points.T @ (points @ direction)), dim=0)
         scores = points @ direction
         rows, columns = grid
         image = scores.view(-1, rows, columns)
         middle = image[:, rows // 4 : rows - rows // 4, columns // 4 : columns - columns // 4].mean()
-        edge = image[:, :, [0, -1]].mean()
-        direction = torch.where(middle >= edge, direction, -direction)
+        edge = (image[:, :, 0].mean() + image[:, :, -1].mean()) / 2
+        direction = torch.where(self._mean(middle - edge) >= 0, direction, -direction)
         if self.training:
             mixed = F.normalize(self.momentum * self.direction + (1 - self.momentum) * direction, dim=0)
             self.direction.copy_(mixed)
             return points @ mixed
         return points @ torch.where(known, self.direction, direction)
+
+    def _farthest(self, points: Tensor) -> Tensor:
+        """Return the point of greatest norm; a tensor of one index, unlike a bare one, needs no copy to the host."""
+        candidate = points.index_select(0, points.square().sum(1).argmax().view(1))
+        candidates = self._gather(candidate)
+        return candidates.index_select(0, candidates.square().sum(1).argmax().view(1))[0]
+
+    @property
+    def _shared(self) -> bool:
+        """Whether there are other processes to agree with."""
+        return self.training and dist.is_available() and dist.is_initialized()
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Average ``value`` over processes."""
+        if self._shared:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+        return value
+
+    def _gather(self, value: Tensor) -> Tensor:
+        """Concatenate ``value`` of all processes along the first axis."""
+        if not self._shared:
+            return value
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, value)
+        return torch.cat(parts)
 
 
 def _percentiles(values: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -6,20 +6,23 @@ import torch
 from PIL import Image
 
 from dpal_edge.models.checkpoint import write_checkpoint
-from dpal_edge.models.vit import VisionTransformer, ViTConfig, init_student
+from dpal_edge.models.students import Student, StudentConfig, build_student, config_to_dict, init_student_weights
+from dpal_edge.models.swin import SwinConfig
+from dpal_edge.models.vit import ViTConfig
 
 CONFIG = ViTConfig(size=(64, 32), width=24, depth=2, heads=2, last_heads=4)
+SWIN = SwinConfig(size=(96, 64), width=32, depths=(1, 1, 2, 1), heads=(1, 1, 2, 2), window=3)  # an odd map of 3x2
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]  # unlike any that code could have by default
 
 
-def tiny_vit(seed: int) -> VisionTransformer:
-    vit = VisionTransformer(CONFIG)
+def tiny_student(seed: int, config: StudentConfig = CONFIG) -> Student:
+    student = build_student(config)
     generator = torch.Generator().manual_seed(seed)
-    init_student(vit, generator)
+    init_student_weights(student, generator)
     with torch.no_grad():
-        for parameter in vit.parameters():  # norms and biases as well, as training leaves none of them alike
+        for parameter in student.parameters():  # norms and biases as well, as training leaves none of them alike
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return vit.eval()
+    return student.eval()
 
 
 @pytest.fixture(scope="session")
@@ -36,18 +39,22 @@ def crops(tmp_path_factory) -> Path:
 def checkpoint(tmp_path_factory, crops) -> Path:
     """A run folder with a checkpoint of a tiny student, its running mean, a decoder and a mask."""
     run = tmp_path_factory.mktemp("export") / "run"
-    tensors = {f"backbone.{key}": value for key, value in tiny_vit(0).state_dict().items()}
-    tensors |= {f"ema.{key}": value for key, value in tiny_vit(1).state_dict().items()}
+    tensors = {f"backbone.{key}": value for key, value in tiny_student(0).state_dict().items()}
+    tensors |= {f"ema.{key}": value for key, value in tiny_student(1).state_dict().items()}
     tensors |= {"decoder.expert.weight": torch.ones(30, 24), "mask.direction": torch.ones(8)}
+    tensors |= {"optimizer.decoder.expert.weight.exp_avg": torch.ones(30, 24)}
     metadata = {
         "student": "vit_tiny",
-        "architecture": CONFIG.to_dict(),
+        "architecture": config_to_dict(CONFIG),
         "mean": MEAN,
         "std": STD,
         "step": 7,
         "best": "ema",
         "config": {"data": [str(crops)]},
-        "teacher": {"spec": "teacher.pth", "sha256": "0" * 64, "parameters": 1000},
+        "teachers": [
+            {"spec": "vit.pth", "sha256": "0" * 64, "parameters": 700},
+            {"spec": "reid.pth", "sha256": "1" * 64, "parameters": 300},
+        ],
     }
     write_checkpoint(run / "checkpoints" / "step-00000007.safetensors", tensors, metadata)
     return run

@@ -1,5 +1,6 @@
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,19 @@ from PIL import Image
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
 from dpal_edge.export.bundle import ExportSettings, describe, export, prove_stripped, read_crops, torch_outputs
-from dpal_edge.export.onnx import ExportedModel, count_parameters, write_onnx
+from dpal_edge.export.onnx import count_parameters, exported_model, write_onnx
 from dpal_edge.manifest import Manifest
-from dpal_edge.models.checkpoint import read_newest
-from dpal_edge.models.vit import VisionTransformer, init_student
+from dpal_edge.models.checkpoint import read_newest, write_checkpoint
+from dpal_edge.models.students import build_student, config_to_dict, init_student_weights
 from dpal_edge.runtime.backend import open_backend
-from tests.export.conftest import CONFIG, MEAN, STD, tiny_vit
+from tests.export.conftest import CONFIG, MEAN, STD, SWIN, tiny_student
 
-PARAMETERS = sum(p.numel() for p in tiny_vit(1).parameters())
+PARAMETERS = sum(p.numel() for p in tiny_student(1).parameters())
 
 
 def unexported():
     """The model that the bundle was exported from."""
-    return ExportedModel(tiny_vit(1), CONFIG.size, tuple(MEAN), tuple(STD))
+    return exported_model(tiny_student(1), CONFIG.size, tuple(MEAN), tuple(STD))
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def test_bundle_verifies(exported, checkpoint):
     assert manifest.provenance["checkpoint"]["weights"] == "ema"
     assert manifest.provenance["checkpoint"]["file"] == read_newest(checkpoint)[0].name
     assert manifest.provenance["step"] == 7
-    assert manifest.provenance["teacher"]["spec"] == "teacher.pth"
+    assert [teacher["spec"] for teacher in manifest.provenance["teachers"]] == ["vit.pth", "reid.pth"]
 
 
 def test_goldens_reproduce(exported):
@@ -77,8 +78,8 @@ def test_outputs_are_those_of_the_chosen_weights(exported, crops):
     images = read_crops((str(crops),), CONFIG.size, 4)
     found = open_backend(exported[0] / "model.onnx").run({"images": images})["embedding"]
     normalised = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - column(MEAN)) / column(STD)
-    np.testing.assert_allclose(found, tiny_vit(1)(normalised)[:, 0], rtol=1e-4, atol=1e-5)
-    assert np.abs(found - tiny_vit(0)(normalised)[:, 0].numpy()).max() > 0.01
+    np.testing.assert_allclose(found, tiny_student(1)(normalised)[:, 0], rtol=1e-4, atol=1e-5)
+    assert np.abs(found - tiny_student(0)(normalised)[:, 0].numpy()).max() > 0.01
 
 
 def column(values):
@@ -88,34 +89,37 @@ def column(values):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 32), (96, 64)])
 @pytest.mark.parametrize("value", [0, 255, None])
-def test_folding_is_exact(size, value):
-    vit = tiny_vit(0)
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, class_token=False), SWIN, replace(SWIN, size=(32, 32), window=7)]
+)
+def test_folding_is_exact(config, size, value):
+    student = tiny_student(0, config)
     images = torch.full((2, *size, 3), value or 0, dtype=torch.uint8)
     if value is None:
         images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-    folded = ExportedModel(vit, size, tuple(MEAN), tuple(STD)).eval()
-    expected = torch_outputs(vit, images.numpy(), tuple(MEAN), tuple(STD))
+    folded = exported_model(student, size, tuple(MEAN), tuple(STD)).eval()
+    expected = torch_outputs(student, images.numpy(), tuple(MEAN), tuple(STD))
     np.testing.assert_allclose(folded(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_backbone_is_left(exported):
     out, manifest = exported
-    assert manifest.stripped.parameters_before == PARAMETERS + 720 + 1000
+    assert manifest.stripped.parameters_before == PARAMETERS + 720 + 8 + 1000
     assert manifest.stripped.parameters_after == PARAMETERS - CONFIG.width  # class token and its position are one
-    assert manifest.stripped.removed == {"decoder": 720, "teacher": 1000}
+    assert manifest.stripped.removed == {"decoder": 720, "mask": 8, "teacher": 1000}
     names = count_parameters(out / "model.onnx")
-    assert not [name for name in names if name.startswith(("decoder", "teacher", "mask", "ema"))]
+    assert not [name for name in names if name.startswith(("decoder", "teacher", "mask", "ema", "optim"))]
 
 
-@pytest.mark.parametrize("name", ["decoder.expert.weight", "hidden"])
+@pytest.mark.parametrize("name", ["heads.token.weight", "mask_token", "hidden"])
 def test_extra_weights_are_found(exported, tmp_path, name):
     model = onnx.load(exported[0] / "model.onnx")
     model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 5), np.float32), name))
     onnx.save(model, tmp_path / "more.onnx")
     expected = rf"export left {PARAMETERS - CONFIG.width + 20} weights in the graph, expected the backbone's"
     with pytest.raises(ModelFileError, match=expected) as caught:
-        prove_stripped(tmp_path / "more.onnx", unexported(), {"backbone": PARAMETERS})
-    assert ("training parts: decoder.expert.weight" in str(caught.value)) == (name != "hidden")
+        prove_stripped(tmp_path / "more.onnx", unexported(), {"backbone": PARAMETERS, "heads": 20, "mask_token": 20})
+    assert (f"training parts: {name}" in str(caught.value)) == (name != "hidden")
 
 
 def test_missing_weights_are_found(exported, tmp_path):
@@ -128,11 +132,36 @@ def test_missing_weights_are_found(exported, tmp_path):
 
 
 def test_equal_tensors_are_counted_once(checkpoint, tmp_path):
-    fresh = VisionTransformer(CONFIG)  # all its norms and biases are alike, and the exporter merges them
-    init_student(fresh, torch.Generator().manual_seed(0))
-    model = ExportedModel(fresh.eval(), CONFIG.size, tuple(MEAN), tuple(STD))
+    fresh = build_student(CONFIG)  # all its norms and biases are alike, and the exporter merges them
+    init_student_weights(fresh, torch.Generator().manual_seed(0))
+    model = exported_model(fresh.eval(), CONFIG.size, tuple(MEAN), tuple(STD))
     write_onnx(model, tmp_path / "model.onnx", size=CONFIG.size, outputs=["embedding"])
     assert prove_stripped(tmp_path / "model.onnx", model, {"backbone": PARAMETERS}).parameters_after < PARAMETERS
+
+
+@torch.no_grad()
+def test_swin(tmp_path, crops):
+    student, file = tiny_student(0, SWIN), tmp_path / "swin.safetensors"
+    metadata = {"student": "tiny", "architecture": config_to_dict(SWIN), "mean": MEAN, "std": STD}
+    metadata["teachers"] = [{"parameters": 1000}]
+    write_checkpoint(file, {f"backbone.{key}": value for key, value in student.state_dict().items()}, metadata)
+    manifest = export(file, tmp_path / "bundle", ExportSettings(calibration=(str(crops),)))
+    assert manifest.input.size == SWIN.size
+    assert manifest.heads[0].shape == (32,)
+    assert manifest.artifacts[0].parity.max_rel_error < 1e-5
+    images = read_crops((str(crops),), SWIN.size, 3)
+    found = open_backend(tmp_path / "bundle" / "model.onnx").run({"images": images})["embedding"]
+    normalised = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - column(MEAN)) / column(STD)
+    np.testing.assert_allclose(found, student(normalised)[:, 0], rtol=1e-4, atol=1e-5)
+
+    # Each table of 25 rows becomes the biases of 9x9 pairs; the shifted block's, of the 6x4 map's 2x2 windows.
+    tables, biases = 25 * (1 + 1 + 2 + 2 + 2), 81 * (1 + 1 + 2 + 2 * 4 + 2)
+    backbone = sum(p.numel() for p in student.parameters())
+    assert manifest.stripped.parameters_before == backbone + 1000
+    assert manifest.stripped.parameters_after == backbone - tables + biases
+
+    with pytest.raises(ConfigError, match=r"size \(80, 64\): expected positive multiples of the patch size 32"):
+        export(file, tmp_path / "other", ExportSettings(size=(80, 64)))
 
 
 def test_another_size(checkpoint, tmp_path):
@@ -191,13 +220,13 @@ def test_crops_are_spread_and_replaced_where_unreadable(tmp_path):
 
 
 def test_published_weights(tmp_path, crops):
-    torch.save(tiny_vit(0).state_dict(), tmp_path / "released.pth")
+    torch.save(tiny_student(0).state_dict(), tmp_path / "released.pth")
     with pytest.raises(DataError, match=r"no real crops to compare .* --calibration DIR"):
         export(tmp_path / "released.pth", tmp_path / "bundle", ExportSettings())
     manifest = export(tmp_path / "released.pth", tmp_path / "bundle", ExportSettings(calibration=(str(crops),)))
     assert manifest.stripped.removed == {}
     assert manifest.input.size == CONFIG.size
-    assert manifest.provenance["teacher"] is None
+    assert manifest.provenance["teachers"] == []
     assert "stripped  nothing" in describe(manifest, tmp_path)
 
 
@@ -217,7 +246,7 @@ def test_command(checkpoint, tmp_path):
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((out / "manifest.json").read_text())
-    assert "stripped  decoder 0.00 M and teacher 0.00 M" in result.stderr
+    assert "stripped  decoder 720 and mask 8 and teacher 1000: 0.03 M parameters became 0.03 M" in result.stderr
     assert "verified  largest error" in result.stderr
 
     failed = CliRunner().invoke(main, [*arguments, "--tolerance", "1e-12"])

@@ -4,16 +4,19 @@ import json
 import os
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
 from dpal_edge.errors import ModelFileError
+from dpal_edge.inspection import describe
 from dpal_edge.models.checkpoint import (
     CHECKPOINTS,
     decoder_name,
     flatten_published,
+    infer_student,
     infer_vit,
     is_ours,
     list_checkpoints,
@@ -25,29 +28,44 @@ from dpal_edge.models.checkpoint import (
     split_dpal,
     write_checkpoint,
 )
-from dpal_edge.models.vit import VisionTransformer, ViTConfig, init_student
+from dpal_edge.models.students import build_student, config_to_dict, init_student_weights
+from dpal_edge.models.swin import SwinConfig
+from dpal_edge.models.vit import VisionTransformer, ViTConfig
+from tests.models.test_swin import authors_layout
 
 TINY = ViTConfig(size=(32, 16), width=12, depth=2, heads=1, last_heads=2)
+TINY_SWIN = SwinConfig(size=(64, 32), width=16, depths=(1, 1, 1, 2), heads=(1, 1, 1, 2), window=3)
 
 
 def tiny_vit(seed=0, config=TINY):
-    vit = VisionTransformer(config)
-    init_student(vit, torch.Generator().manual_seed(seed))
-    return vit.eval()
+    student = build_student(config)
+    init_student_weights(student, torch.Generator().manual_seed(seed))
+    return student.eval()
 
 
 @pytest.fixture
 def parts():
-    states = {"backbone": tiny_vit(0).state_dict(), "ema": tiny_vit(1).state_dict(), "decoder": {"w": torch.ones(3)}}
-    return {f"{part}.{key}": value for part, state in states.items() for key, value in state.items()}
+    return saved_parts(TINY)
+
+
+def saved_parts(config):
+    states = {
+        "backbone": tiny_vit(0, config).state_dict(),
+        "ema": tiny_vit(1, config).state_dict(),
+        "decoder": {"w": torch.ones(3)},
+        "heads": {"token.weight": torch.ones(2, 2)},
+        "optimizer": {"decoder.w.exp_avg": torch.ones(3)},
+    }
+    tensors = {f"{part}.{key}": value for part, state in states.items() for key, value in state.items()}
+    return {**tensors, "mask_token": torch.ones(1, 1, 12)}
 
 
 @pytest.fixture
 def metadata():
     return {
         "student": "vit_tiny",
-        "architecture": TINY.to_dict(),
-        "teacher": {"parameters": 7},
+        "architecture": config_to_dict(TINY),
+        "teachers": [{"spec": "a.pth", "parameters": 7}, {"spec": "b.pth", "parameters": 4}],
         "mean": [0.1, 0.2, 0.3],
         "std": [1.0, 1.0, 1.0],
         "best": "ema",
@@ -235,7 +253,30 @@ def test_load_backbone_of_ours(written, weights, seed):
     assert metadata["weights"] == ("backbone" if seed == 0 else "ema")
     assert metadata["mean"] == [0.1, 0.2, 0.3]
     size = sum(p.numel() for p in backbone.parameters())
-    assert metadata["parameters"] == {"backbone": size, "decoder": 3, "teacher": 7}
+    assert metadata["parameters"] == {"backbone": size, "decoder": 3, "heads": 4, "mask_token": 12, "teacher": 11}
+    assert [passport["spec"] for passport in metadata["teachers"]] == ["a.pth", "b.pth"]
+
+
+@torch.no_grad()
+def test_load_backbone_of_a_swin(tmp_path, metadata):
+    path = tmp_path / "x.safetensors"
+    write_checkpoint(path, saved_parts(TINY_SWIN), {**metadata, "architecture": config_to_dict(TINY_SWIN)})
+    backbone, facts = load_backbone(path)
+    images = torch.randn(1, 3, 64, 32)
+    assert torch.equal(backbone(images), tiny_vit(1, TINY_SWIN)(images))
+    assert facts["parameters"]["backbone"] == sum(p.numel() for p in backbone.parameters())
+
+
+def test_checkpoint_of_the_first_format(tmp_path, parts, metadata):
+    del metadata["teachers"]
+    old = {**metadata, "architecture": TINY.to_dict(), "teacher": {"spec": "t.pth", "parameters": 7}}
+    for later in ("class_token", "patch_padding"):  # fields that its architecture had not
+        del old["architecture"][later]
+    write_checkpoint(tmp_path / "x.safetensors", parts, old)
+    backbone, facts = load_backbone(tmp_path / "x.safetensors")
+    assert backbone.config == TINY
+    assert facts["parameters"]["teacher"] == 7
+    assert facts["teachers"] == [old["teacher"]]
 
 
 def test_best_without_validation_is_the_backbone(tmp_path, parts, metadata):
@@ -246,7 +287,7 @@ def test_best_without_validation_is_the_backbone(tmp_path, parts, metadata):
 
 def test_absent_weights_are_named(tmp_path, parts, metadata):
     write_checkpoint(tmp_path / "x.safetensors", {k: v for k, v in parts.items() if not k.startswith("ema.")}, metadata)
-    with pytest.raises(ModelFileError, match="holds no 'ema' weights; it has backbone, decoder"):
+    with pytest.raises(ModelFileError, match="holds no 'ema' weights; it has backbone, decoder, heads, mask_token"):
         load_backbone(tmp_path / "x.safetensors", weights="ema")
 
 
@@ -309,6 +350,13 @@ def test_published_training_checkpoint(tmp_path, zipped, weights, seed):
     assert metadata["parameters"]["decoder"] == 48
 
 
+@pytest.mark.parametrize("size", [{}, {"height": "64", "width": 32}, {"height": 64}])
+def test_arguments_that_do_not_tell_the_size(tmp_path, size):
+    content = {"student": tiny_vit().state_dict(), "args": argparse.Namespace(**size)}
+    backbone, _ = load_backbone(save_published(tmp_path / "x.pth", content), heads=1, last_heads=2)
+    assert backbone.config.size == (32, 16)  # from the positions
+
+
 def test_published_decoder_names():
     assert decoder_name("gate.moe_tokens", narrowed=False) == "router.token"
     assert decoder_name("mlp.0.weight", narrowed=False) == "expert.weight"
@@ -318,15 +366,40 @@ def test_published_decoder_names():
     assert decoder_name("attn.qkv.weight", narrowed=True) == "attn.qkv.weight"
 
 
-def test_code_in_a_file_is_refused_and_not_executed(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'executed'}",)
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
 
-    path = save_published(tmp_path / "evil.pth", {"model": tiny_vit().state_dict(), "args": Evil()})
-    with pytest.raises(ModelFileError, match=r"evil\.pth: cannot be read as weights: .*code that is never run here"):
-        load_backbone(path)
+    def __reduce__(self):
+        return os.system, (f"touch {self.folder / 'executed'}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("place", ["beside", "in student", "in arguments", "alone", "as key"])
+def test_code_in_a_file_is_refused_and_not_executed(tmp_path, place, family, zipped):
+    evil = Evil(tmp_path)
+    state = tiny_vit().state_dict() if family == "vit" else authors_layout(tiny_vit(config=TINY_SWIN))
+    state = {f"module.backbone.{key}": value for key, value in state.items()}
+    content = {
+        "beside": {"student": state, "epoch": evil},
+        "in student": {"student": {**state, "module.backbone.extra": [{"deep": evil}]}},
+        "in arguments": {"student": state, "args": argparse.Namespace(height=32, width=evil)},
+        "alone": evil,
+        "as key": {"student": {**state, evil: torch.ones(1)}},
+    }[place]
+    path = save_published(tmp_path / "evil.pth", content, _use_new_zipfile_serialization=zipped)
+    for read in (load_backbone, read_tensors, describe):
+        with pytest.raises(
+            ModelFileError, match=r"evil\.pth: cannot be read as weights: .*code that is never run here"
+        ):
+            read(path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_evil_is_evil(tmp_path):
+    torch.load(save_published(tmp_path / "evil.pth", Evil(tmp_path)), weights_only=False)
+    assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
@@ -401,11 +474,38 @@ def test_architecture_is_read_off_the_weights():
     config = ViTConfig(size=(28, 14), patch_size=14, width=24, depth=3, mlp_ratio=2.5, layer_scale=True)
     state = VisionTransformer(config).state_dict()
     assert infer_vit(state, heads=config.heads, last_heads=config.last_heads) == config
+    assert infer_student(state) == (replace(config, pos_interp="1d"), state)
     with pytest.raises(ModelFileError, match="2 positions do not fit 64x32 pixels in patches of 14; give the size"):
         infer_vit(state, size=(64, 32))
-    for key in ("pos_embed", "patch_embed.proj.weight"):
+    for key in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
         with pytest.raises(ModelFileError, match="not a ViT on images"):
             infer_vit({**state, key: torch.zeros(3)})
+    with pytest.raises(ModelFileError, match="not a ViT on images"):
+        infer_vit({**state, "blocks.0.mlp.fc1.weight": torch.zeros(4, 0)})
+
+
+def test_positions_of_a_vit_without_class_token():
+    config = ViTConfig(size=(64, 32), width=12, depth=1, heads=1, last_heads=1, class_token=False)
+    state = tiny_vit(config=config).state_dict()
+    assert state["pos_embed"].shape[1] == 8
+    assert infer_vit(state, heads=1, last_heads=1) == config
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path):
+    vit = tiny_vit(config=ViTConfig(width=32, depth=1, heads=2, last_heads=2))
+    path = save_published(tmp_path / "x.pth", vit.state_dict())
+    with pytest.raises(
+        ModelFileError, match=r"x\.pth: tokens of 32 channels do not divide into 6 heads, 12 in the last"
+    ):
+        load_backbone(path)
+    assert load_backbone(path, heads=2, last_heads=2)[0].config.heads == 2
+
+
+def test_published_swin_is_inferred_and_renamed():
+    swin = tiny_vit(config=TINY_SWIN)
+    config, state = infer_student(authors_layout(swin), size=TINY_SWIN.size)
+    assert config == TINY_SWIN
+    assert state.keys() == swin.state_dict().keys()
 
 
 def test_flatten_and_split():

@@ -17,12 +17,16 @@ from dpal_edge.models.checkpoint import (
     split_dpal,
 )
 from dpal_edge.models.decoder import GLOBAL, LOCAL, RELATION, DynamicPatternDecoder
-from dpal_edge.models.teacher import load_teacher
-from dpal_edge.train.config import build_config
-from dpal_edge.train.dpal import Dpal, Images
+from dpal_edge.models.teacher import load_teachers
 from dpal_edge.train.losses import ShapeMask, relations
+from dpal_edge.train.method import Views
+from dpal_edge.train.methods.dpal import Dpal, Options
 
-EXTRA = [Path(folder) for folder in os.environ.get("DPAL_EDGE_GOLDEN", "").split(":") if folder]
+# Each a set, or a folder of sets.
+FOLDERS = [Path(folder) for folder in os.environ.get("DPAL_EDGE_GOLDEN", "").split(os.pathsep) if folder]
+EXTRA = [
+    path.parent for folder in FOLDERS for path in sorted({*folder.glob("config.json"), *folder.glob("*/config.json")})
+]
 VALUES, GRADIENTS, MASK = 1e-5, 1e-4, 1e-3  # relative tolerances
 
 
@@ -40,26 +44,33 @@ def method(golden):
     """The published method, with all weights from the golden checkpoints."""
     folder, config, _ = golden
     student, teacher = config["student"], config["teacher"]
-    settings = build_config(
-        {"mask": "published", "relation": "softmax", "inner_width": student.get("inter_dim") or None}
-    )
     backbone, _ = load_backbone(
         folder / "student_checkpoint.pth",
         heads=student["num_heads"],
         last_heads=student["num_heads_in_last_block"],
     )
+    height, width = teacher["img_size"]
+    spec = f"{folder / 'teacher_checkpoint.pth'}?heads={teacher['num_heads']}&stored={height}x{width}&resize=2d-dino"
+    options = Options(mask="published", relation="softmax", inner_width=student.get("inter_dim"))
+    method = Dpal(backbone, load_teachers([spec], size=(height, width)), options)
     decoder = DynamicPatternDecoder(
-        student["embed_dim"],
-        student["out_dim"],
-        inner_width=settings.inner_width,
-        heads=student["align_num_heads"],
+        student["embed_dim"], student["out_dim"], inner_width=options.inner_width, heads=student["align_num_heads"]
     )
     state = split_dpal(flatten_published(read_tensors(folder / "student_checkpoint.pth")))[1]
     load_matching(decoder, state, folder, least=1.0)
-    loaded = load_teacher(
-        str(folder / "teacher_checkpoint.pth"), heads=teacher["num_heads"], size=tuple(teacher["img_size"])
-    )
-    return Dpal(backbone, decoder, loaded, settings)
+    assert decoder_of(method).state_dict().keys() == decoder.state_dict().keys()
+    method.decoder[method.widths[0]] = decoder
+    return method
+
+
+def decoder_of(method):
+    [decoder] = method.decoder.values()
+    return decoder
+
+
+def teach(method, images):
+    """Return the teacher's tokens of ``images``."""
+    return method.teachers(images, ("relation",))["relation"]
 
 
 @pytest.fixture
@@ -81,10 +92,10 @@ def close(golden, record_property):
 @torch.no_grad()
 def test_tokens(golden, method, close):
     t = golden[2]
-    tokens = method.teacher(t["input.base"])
+    tokens = teach(method, t["input.base"])
     close("teacher.tokens", tokens)
     close("teacher.global", tokens[:, :1])
-    close("teacher.crowd_tokens", method.teacher(t["input.crowd"]))
+    close("teacher.crowd_tokens", teach(method, t["input.crowd"]))
     close("student.tokens", method.backbone(t["input.base"]))
     close("student.region0_tokens_pos1d", method.backbone(t["input.region0"]))
     close("student.crowd_tokens_pos1d", method.backbone(t["input.crowd"]))
@@ -93,10 +104,10 @@ def test_tokens(golden, method, close):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "expert"), [("global", GLOBAL), ("local", LOCAL), ("relation", RELATION)])
 def test_decoder(golden, method, close, name, expert):
-    decoded = method.decoder(golden[2][f"dpade.{name}.input"], expert)
+    decoded = decoder_of(method)(golden[2][f"dpade.{name}.input"], expert)
     close(f"dpade.{name}.output", decoded.tokens)
-    close(f"dpade.{name}.router_loss", decoded.router_loss)
-    close(f"dpade.{name}.expert_penalty", decoded.penalty)
+    close(f"dpade.{name}.router_loss", decoded.terms["router"])
+    close(f"dpade.{name}.expert_penalty", decoded.terms["penalty"])
 
 
 @torch.no_grad()
@@ -113,14 +124,15 @@ def test_shape_mask_and_relations(golden, close):
 @torch.no_grad()
 def test_aligned_features(golden, method, close):
     t = golden[2]
+    decode = decoder_of(method)
     first, last = method.backbone(t["input.base"]), method.backbone(t["input.crowd"])
     regions = [method.backbone(t[f"input.region{i}"])[:, :1] for i in range(2)]
     for i, tokens in enumerate([first[:, :1], *regions]):
-        close(f"student.aligned_global_feats.{i}", method.decoder(tokens, GLOBAL).tokens)
-    patches = method.decoder(first[:, 1:], LOCAL).tokens
+        close(f"student.aligned_global_feats.{i}", decode(tokens, GLOBAL).tokens)
+    patches = decode(first[:, 1:], LOCAL).tokens
     close("student.aligned_local_feats.0", t["teacher.shape_mask"] * patches)
-    close("teacher.local_masked", t["teacher.shape_mask"] * method.teacher(t["input.base"])[:, 1:])
-    close("student.relations.0", relations(method.decoder(last, RELATION).tokens))
+    close("teacher.local_masked", t["teacher.shape_mask"] * teach(method, t["input.base"])[:, 1:])
+    close("student.relations.0", relations(decode(last, RELATION).tokens))
 
 
 def test_losses_and_gradients(golden, method, close):
@@ -135,8 +147,8 @@ def test_losses_and_gradients(golden, method, close):
                 return 1 - super().forward(patches, grid)
 
         method.mask = Flipped(expected_mask.shape[-1], published=True)
-    images = Images(t["input.base"], torch.cat([t["input.region0"], t["input.region1"]]), t["input.crowd"])
-    losses = method(images, progress=0.0)
+    views = Views(t["input.base"], torch.cat([t["input.region0"], t["input.region1"]]), t["input.crowd"])
+    losses = method(views, method.targets(views), 0.0)
     names = {
         "global": "align_global_loss",
         "local": "align_local_loss",
@@ -149,12 +161,13 @@ def test_losses_and_gradients(golden, method, close):
         close(f"loss.{theirs}", losses[ours].detach())
     losses["loss"].backward()
     parameters = dict(method.named_parameters())
+    prefix = f"decoder.{method.widths[0]}"
     checked = 0
     for name in t:
         if not name.startswith("grad.") or name == "grad.global_norm":
             continue
         part, _, key = name.removeprefix("grad.").partition(".")
-        ours = f"decoder.{decoder_name(key, narrowed=True)}" if part == "adapter" else f"backbone.{key}"
+        ours = f"{prefix}.{decoder_name(key, narrowed=True)}" if part == "adapter" else f"backbone.{key}"
         close(name, parameters[ours].grad, GRADIENTS)
         checked += 1
     assert checked

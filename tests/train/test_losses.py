@@ -1,11 +1,21 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from dpal_edge.train.losses import ShapeMask, global_loss, local_loss, relation_loss, relations
+from dpal_edge.train.losses import (
+    ShapeMask,
+    attention_logits,
+    attention_losses,
+    global_loss,
+    local_loss,
+    relation_loss,
+    relations,
+)
 
 GRID = (8, 4)
 
@@ -96,6 +106,58 @@ def test_gradients(loss):
     assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-2)
 
 
+def test_attention_losses_by_hand():
+    # Two tokens, one head of one channel: q, k, v of each.
+    teacher = torch.zeros(1, 2, 3)  # attends evenly, in both maps
+    student = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])  # q k^T = [[2, 0], [0, 0]], v v^T = [[0, 0], [0, 1]]
+
+    def gap(logit):  # KL of an even row against one with logits (logit, 0)
+        p = 1 / (1 + math.exp(-logit))
+        return 0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p))
+
+    queries_keys, values_values = attention_losses(student, teacher, heads=1)
+    assert queries_keys.item() == pytest.approx(gap(2) / 2, rel=1e-5)  # the other query agrees
+    assert values_values.item() == pytest.approx(gap(1) / 2, rel=1e-5)
+
+
+def test_attention_logits_are_scaled_by_the_head_width():
+    qkv = torch.randn(2, 5, 3 * 8)
+    q, k, v = qkv[1].chunk(3, dim=-1)
+    queries_keys, values_values = attention_logits(qkv, heads=2)
+    assert queries_keys.shape == values_values.shape == (2, 2, 5, 5)
+    torch.testing.assert_close(queries_keys[1, 1], q[:, 4:] @ k[:, 4:].T / 2)
+    torch.testing.assert_close(values_values[1, 0], v[:, :4] @ v[:, :4].T / 2)
+
+
+def test_attention_losses_are_zero_where_maps_agree():
+    student, teacher = torch.randn(2, 5, 3 * 8), torch.randn(2, 5, 3 * 16)
+    assert max(loss.abs().item() for loss in attention_losses(teacher, teacher, 4)) < 1e-6
+    assert min(loss.item() for loss in attention_losses(student, teacher, 4)) > 0.01  # widths may differ
+    swapped = teacher.view(2, 5, 3, 4, 4).flip(3).reshape(2, 5, -1)  # heads are paired in order
+    assert min(loss.item() for loss in attention_losses(swapped, teacher, 4)) > 0.01
+    rotation = torch.linalg.qr(torch.randn(4, 4)).Q  # inner products within a head do not see it
+    rotated = (teacher.view(2, 5, 3, 4, 4) @ rotation).reshape(2, 5, -1)
+    assert max(loss.abs().item() for loss in attention_losses(rotated, teacher, 4)) < 1e-5
+
+
+def test_attention_losses_pass_gradients_to_the_student_alone():
+    student, teacher = (torch.randn(1, 3, 12, requires_grad=True) for _ in range(2))
+    loss = sum(attention_losses(student, teacher, 2))
+    loss.backward()
+    assert teacher.grad is None
+    direction = torch.randn_like(student)
+    with torch.no_grad():
+        ahead, behind = (sum(attention_losses(student + s * direction, teacher, 2)) for s in (1e-2, -1e-2))
+    assert (student.grad * direction).sum().item() == pytest.approx((ahead - behind).item() / 2e-2, rel=1e-2)
+
+
+def test_attention_losses_are_the_same_under_autocast():
+    student, teacher = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    expected = attention_losses(student, teacher, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_losses(student, teacher, 2) == expected
+
+
 def people_patches(batch=4, width=16, seed=0):
     """Patches with a blob in the middle columns; return them and the blob (N,)."""
     generator = torch.Generator().manual_seed(seed)
@@ -179,3 +241,37 @@ def test_mask_is_the_same_under_autocast_and_finite_on_constant_patches(publishe
         assert torch.equal(mask(patches, GRID), expected)
     assert mask(torch.ones(2, 32, 16), GRID).isfinite().all()
     assert 0 <= expected.min() < expected.max() <= 1
+
+
+_WORKER = """
+import sys, numpy, torch
+import torch.distributed as dist
+from dpal_edge.train.losses import ShapeMask
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+batches = torch.from_numpy(numpy.load(f"{folder}/patches.npy"))
+for published in (False, True):
+    mask = ShapeMask(batches.shape[-1], published=published)
+    found = [mask(patches.chunk(2)[rank], (8, 4)).numpy() for patches in batches]
+    numpy.save(f"{folder}/{published}-{rank}.npy", numpy.stack(found))
+alone = mask.eval()(batches[0].chunk(2)[0], (8, 4)) if rank == 0 else None  # waits for nobody
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_masks_of_one(tmp_path):
+    # Of all the batch, the second half is brighter and noisier: each half alone would be masked otherwise.
+    batches = torch.stack([people_patches(seed=seed)[0] for seed in range(3)])
+    batches[:, 2:] = 3 * batches[:, 2:] + 0.5 * torch.randn_like(batches[:, 2:])
+    np.save(tmp_path / "patches.npy", batches.numpy())
+    commands = [[sys.executable, "-c", _WORKER, str(rank), str(tmp_path)] for rank in range(2)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    for published in (False, True):
+        mask = ShapeMask(16, published=published)
+        expected = np.stack([mask(patches, GRID).numpy() for patches in batches])
+        found = np.concatenate([np.load(tmp_path / f"{published}-{rank}.npy") for rank in range(2)], axis=1)
+        assert np.abs(found - expected).max() < 1e-5
+        halves = [ShapeMask(16, published=published)(half, GRID).numpy() for half in batches[0].chunk(2)]
+        assert np.abs(np.concatenate(halves) - expected[0]).max() > 0.01

@@ -1,0 +1,109 @@
+"""Person re-identification: the Market-1501 layout, mean average precision and cumulative matching."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpal_edge.errors import DataError
+from dpal_edge.files import IMAGE_SUFFIXES
+from dpal_edge.tasks.sample import Sample, Split, require
+
+JUNK = -1  # person id of Market's detections that are nobody; 0 is a distractor and stays in the gallery
+_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+_LAYOUT = f"the Market-1501 layout: folders {', '.join(_FOLDERS.values())} of images named PPPP_cCsS_..."
+_NAME = re.compile(r"(-1|\d+)_c(\d+)", re.ASCII)
+_CHUNK = 256  # queries compared with the gallery at a time: bounds memory
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who is on an image, and which camera took it."""
+
+    person: int
+    camera: int
+
+
+def read_market(folder: Path, split: str) -> Split[Identity]:
+    """Read ``split`` (train, query or gallery) of a folder in the layout of Market-1501; junk images are left out.
+
+    Raises:
+        DataError: the split's folder is missing or holds no people, or an image's name is not of this layout.
+    """
+    parent = require(folder / _FOLDERS[split], _LAYOUT)
+    samples = []
+    for path in sorted(parent.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue  # the original holds Thumbs.db
+        name = _NAME.match(path.name)
+        if name is None:
+            raise DataError(f"{path}: its name tells no person and camera; expected {_LAYOUT}")
+        identity = Identity(person=int(name[1]), camera=int(name[2]))
+        if identity.person != JUNK:
+            samples.append(Sample(path, identity))
+    if not samples:
+        raise DataError(f"{parent}: no images of people in it; expected {_LAYOUT}")
+    return Split(tuple(samples))
+
+
+def retrieval_metrics(
+    query_features: NDArray[np.floating],
+    gallery_features: NDArray[np.floating],
+    query: Sequence[Identity],
+    gallery: Sequence[Identity],
+) -> dict[str, float]:
+    """Rank the gallery by cosine similarity to each query and score the ranking as Market-1501 does.
+
+    Gallery images of the query's person by the query's camera are left out of its ranking; queries without any match
+    are left out of the means. Average precision is the mean of the precision at each match. Ties keep the gallery's
+    order.
+
+    Args:
+        query_features: (Q, D), of any length but zero.
+        gallery_features: (G, D).
+
+    Returns:
+        ``mAP``, ``rank-1`` and ``rank-5``, 0..1.
+
+    Raises:
+        DataError: no query has a match in the gallery.
+    """
+    persons, cameras = _columns(gallery)
+    directions = _unit(gallery_features)
+    scores = []
+    for start in range(0, len(query), _CHUNK):
+        part = query[start : start + _CHUNK]
+        similarity = _unit(query_features[start : start + _CHUNK]) @ directions.T
+        for identity, order in zip(part, np.argsort(-similarity, axis=1, kind="stable"), strict=True):
+            same = persons == identity.person
+            seen = same & (cameras == identity.camera)
+            scores += _score(same[order[~seen[order]]])
+    if not scores:
+        raise DataError(
+            f"none of {len(query)} query images has its person in the gallery under another camera; "
+            f"are query and gallery of one data set?"
+        )
+    means = np.mean(scores, axis=0)
+    return dict(zip(("mAP", "rank-1", "rank-5"), means.tolist(), strict=True))
+
+
+def _score(matches: NDArray[np.bool_]) -> list[tuple[float, bool, bool]]:
+    """Score one ranking: average precision, a match first, a match in the first five; nothing if there is none."""
+    [places] = np.nonzero(matches)
+    if not len(places):
+        return []
+    precision = np.arange(1, len(places) + 1) / (places + 1)
+    return [(float(precision.mean()), bool(places[0] < 1), bool(places[0] < 5))]
+
+
+def _columns(identities: Sequence[Identity]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.array([i.person for i in identities]), np.array([i.camera for i in identities])
+
+
+def _unit(rows: NDArray[np.floating]) -> NDArray[np.floating]:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: NDArray[np.floating] = rows / np.maximum(length, np.finfo(rows.dtype).tiny)
+    return unit

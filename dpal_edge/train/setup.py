@@ -1,0 +1,256 @@
+"""A run before its next update: data, teachers, state, and what an earlier session of it left."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpal_edge.errors import ConfigError, ModelFileError
+from dpal_edge.models.checkpoint import Checkpoint, list_checkpoints, read_newest
+from dpal_edge.models.teacher import Teachers, check_features, load_teachers, passport_fields
+from dpal_edge.probe.command import read_splits
+from dpal_edge.tasks.table import parse_tasks
+from dpal_edge.train.augment import resolve_augment, to_views
+from dpal_edge.train.cache import TargetCache
+from dpal_edge.train.config import TrainConfig
+from dpal_edge.train.data import PersonBatches, split_validation
+from dpal_edge.train.distributed import World
+from dpal_edge.train.loop import State, TimedLoader, build_state, choose_device
+from dpal_edge.train.sources import ImageSource, open_source
+from dpal_edge.train.trackers import require_trackers
+
+MAY_CHANGE = frozenset(
+    {"steps", "accumulate", "base_lr", "clip", "precision", "device", "compile", "workers", "augment", "teacher_cache"}
+    | {"log_every", "save_every", "keep", "probe", "probe_every", "probe_images", "trackers"}
+)  # between start and resume; every change is recorded by name
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, split."""
+
+    train: ImageSource
+    validation: ImageSource
+    digest: str  # of names and order
+    count: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready for its next update."""
+
+    config: TrainConfig
+    state: State
+    data: Data
+    passports: list[dict[str, Any]]
+    changes: list[dict[str, Any]]  # settings that a resume changed: step, name, before, after
+
+    def batches(self) -> PersonBatches:
+        """Return this process's part of the batches to train on."""
+        world = self.state.world
+        return PersonBatches(self.data.train, self.config, self.state.method.views, rank=world.rank, world=world.size)
+
+    def loader(self, stop: int) -> TimedLoader:
+        """Return the passes of the next update up to update ``stop``."""
+        return TimedLoader(
+            self.batches(),
+            range(self.state.step, stop),
+            workers=_workers(self.config, self.state),
+            device=self.state.device,
+            accumulate=self.config.accumulate,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what will be trained on what, to be shown."""
+        config, state = self.config, self.state
+        trainable = sum(p.numel() for p in state.method.parameters() if p.requires_grad)
+        backbone = sum(p.numel() for p in state.method.backbone.parameters())
+        in_backbone = sum(p.numel() for p in state.method.backbone.parameters() if p.requires_grad)
+        teachers = sum(passport["parameters"] for passport in self.passports)
+        return {
+            "student": config.student,
+            "method": config.method,
+            "parameters": {"backbone": backbone, "train_only": trainable - in_backbone, "teachers": teachers},
+            "teachers": self.passports,
+            "images": len(self.data.train.names),
+            "validation_images": len(self.data.validation.names),
+            "ignored": list(self.data.train.ignored),
+            "device": str(state.device),
+            "precision": state.precision,
+            "processes": state.world.size,
+            "from_step": state.step,
+            "steps": config.steps,
+            "batch": config.batch,
+            "accumulate": config.accumulate,
+            "changes": [change for change in self.changes if change["step"] == state.step],
+        }
+
+
+def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = False) -> Setup:
+    """Read the newest checkpoint, find the data, load the teachers and build the state; write nothing.
+
+    Raises:
+        ConfigError, DataError, ModelFileError: as run_training.
+    """
+    if config.batch % (config.accumulate * world.size):
+        raise ConfigError(
+            f"batch is {config.batch}, expected a multiple of {world.size} processes times "
+            f"accumulate={config.accumulate}"
+        )
+    saved = _checkpoint_to_resume(run, config) if resume else None
+    if saved is None:
+        _refuse_used(run)
+    require_trackers(config.trackers)
+    read_splits(parse_tasks(config.probe), config.probe_images, 0)  # what a probe hours from now will need
+    data = _open_data(config)
+    device, precision = choose_device(config, world, earlier=saved.metadata["written"]["precision"] if saved else None)
+    config = resolve_augment(config, device)
+    teachers = load_teachers(config.teacher, layer=config.teacher_layer, size=config.size)
+    state = build_state(config, teachers.to(device), device, precision, world)
+    passports = _checked_passports(teachers, data.train, config, device)
+    changes = _restore(state, saved, config, passports, data) if saved is not None else []
+    state.cache = _open_cache(config, state, passports, data)
+    return Setup(config, state, data, passports, changes)
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """Return the settings that the run in the folder ``run`` began with; none if no run has begun there.
+
+    Raises:
+        ModelFileError: its config.json is damaged.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{path}: cannot be read; give the run's settings again, beside --resume") from error
+
+
+def _restore(
+    state: State, saved: Checkpoint, config: TrainConfig, passports: list[dict[str, Any]], data: Data
+) -> list[dict[str, Any]]:
+    """Put ``state`` back to where ``saved`` was written; return all changes of settings since the run began.
+
+    Raises:
+        ModelFileError: a teacher or the list of images is another than the run began with.
+    """
+    metadata = saved.metadata
+    if (first := metadata["images"]) != {"count": data.count, "sha256": data.digest}:
+        raise ModelFileError(
+            f"the images have changed since the run began ({first['count']} then, {data.count} now, or other "
+            f"names): put them back, or start a new run"
+        )
+    for before, now in zip(metadata["teachers"], passports, strict=True):
+        if before["sha256"] != now["sha256"]:
+            raise ModelFileError(
+                f"the teacher {now['spec']} has changed since the run began (sha256 {now['sha256']}, was "
+                f"{before['sha256']}); put the old file back, or start a new run"
+            )
+    student = {k: v for k, v in saved.tensors.items() if not k.startswith(("ema.", "optimizer."))}
+    absent = state.method.student_state().keys() - student.keys()
+    if absent:
+        raise ModelFileError(f"the checkpoint of update {metadata['step']} lacks {', '.join(sorted(absent)[:3])}")
+    state.method.load_state_dict(student, strict=False)  # the teachers are not in it
+    state.ema.load_state_dict(saved.part("ema"))
+    moments = saved.part("optimizer")
+    for name, parameter in state.method.named_parameters():
+        if f"{name}.step" in moments:  # none yet where fp16 skipped every update so far
+            found = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            state.optimizer.state[parameter] = {key: value.to(state.device) for key, value in found.items()}
+    if state.scaler.is_enabled() and metadata["scaler"]:
+        state.scaler.load_state_dict(metadata["scaler"])
+    state.step = metadata["step"]
+    return [*metadata["changes"], *_changes(metadata, config, state)]
+
+
+def _changes(metadata: dict[str, Any], config: TrainConfig, state: State) -> list[dict[str, Any]]:
+    """Return by name what differs from the session that wrote ``metadata``."""
+    written = metadata["written"]
+    machine = {"processes": state.world.size, "precision used": state.precision, "torch": torch.__version__}
+    earlier = {"processes": written["processes"], "precision used": written["precision"], "torch": written["torch"]}
+    before, after = {**metadata["config"], **earlier}, {**config.to_dict(), **machine}
+    return [
+        {"step": state.step, "name": name, "before": before.get(name), "after": value}
+        for name, value in after.items()
+        if before.get(name) != value
+    ]
+
+
+def _open_data(config: TrainConfig) -> Data:
+    source = open_source(config.data)
+    train, validation = split_validation(source, config.validation_images, config.order_seed)
+    return Data(train, validation, source.digest, len(source.names))
+
+
+def _checked_passports(
+    teachers: Teachers, source: ImageSource, config: TrainConfig, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return the passports, each with the check of its teacher's features on real crops."""
+    crops = PersonBatches(source, config, ("base",), batch=min(8, len(source.names)))[0]
+    base = to_views(crops, device).base
+    return [
+        {**passport_fields(teacher.passport), "feature_check": check_features(teacher, base)}
+        for teacher in teachers.each()
+    ]
+
+
+def _open_cache(config: TrainConfig, state: State, passports: list[dict[str, Any]], data: Data) -> TargetCache | None:
+    """Open the teacher cache for exactly these teachers, images, views and this precision."""
+    if config.teacher_cache is None or config.view_variants is None:
+        return None
+    views = ("size", "local_size", "crowd_size", "crowd", "crowd_source", "crowd_data", "backgrounds", "augment")
+    settings = config.to_dict()
+    identity = {
+        "teachers": [
+            {key: value for key, value in passport.items() if key != "feature_check"} for passport in passports
+        ],
+        "images": data.digest,
+        "held_out": len(data.validation.names),
+        "seed": config.order_seed,
+        "variants": config.view_variants,
+        "method": f"{config.method} {settings.get('recipe', '')}".strip(),
+        "precision": state.precision,
+        "device": state.device.type,
+        "views": {name: settings[name] for name in views},
+    }
+    rows = config.view_variants * len(data.train.names)
+    return TargetCache(Path(config.teacher_cache), rows, identity)
+
+
+def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint | None:
+    """Read the newest checkpoint of ``run``; None if it has none yet.
+
+    Raises:
+        ModelFileError: it is damaged; then the newest intact one before it is named.
+        ConfigError: the run was started with other settings, or has done more updates than it is to do.
+    """
+    if not list_checkpoints(run):
+        return None
+    _, saved = read_newest(run)
+    before = saved.metadata["config"]
+    changed = [k for k, v in config.to_dict().items() if v != before.get(k) and k not in MAY_CHANGE]
+    if changed:
+        was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
+        raise ConfigError(f"{run}: cannot resume with other settings; the run has {was}; start a new run for others")
+    if saved.metadata["step"] > config.steps:
+        raise ConfigError(f"{run}: steps is {config.steps}, but {saved.metadata['step']} updates are done already")
+    return saved
+
+
+def _refuse_used(run: Path) -> None:
+    if list_checkpoints(run):
+        raise ConfigError(f"{run}: already holds a run; go on with it by --resume, or choose another --out")
+
+
+def _workers(config: TrainConfig, state: State) -> int:
+    """Leave a CPU's cores to the computation; feed a GPU with up to 16 processes, an equal share of the machine's."""
+    if config.workers is not None:
+        return config.workers
+    if state.device.type == "cpu":
+        return 1
+    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
