@@ -151,8 +151,8 @@ def published_step(state: State, images: Views) -> None:
 
 def published_losses(method: Dpal, images: Views) -> Tensor:
     """The total loss of docs/method.md 6, call by call."""
-    teacher = method.teachers.teacher("global").model
-    decoder = method.decoder_of("global")
+    teacher = method.teachers.teacher("global").encoder.vit
+    decoder = method.decoder["768"]
     tokens, crowd_tokens = teacher(images.base), teacher(images.crowd)
     student, crowd = method.backbone(images.base), method.backbone(images.crowd)
     mask = sklearn_mask(tokens[:, 1:])
@@ -167,8 +167,8 @@ def published_losses(method: Dpal, images: Views) -> Tensor:
     target = (crowd_tokens @ crowd_tokens.mT / scale).softmax(-1)
     found = (relation.tokens @ relation.tokens.mT / scale).softmax(-1).log()
     divergence = F.kl_div(found, target, reduction="none").sum(-1).mean()
-    router = torch.stack([call.router_loss for call in calls]).mean()
-    penalty = torch.stack([call.penalty for call in calls]).mean()
+    router = torch.stack([call.terms["router"] for call in calls]).mean()
+    penalty = torch.stack([call.terms["penalty"] for call in calls]).mean()
     return first + local + divergence + 0.1 * router + penalty
 
 

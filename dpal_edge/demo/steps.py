@@ -15,20 +15,14 @@ from dpal_edge.demo.teacher import LAYER, TIMM_NAME, write_teacher
 from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.export.bundle import ExportSettings, export, read_crops, torch_outputs
 from dpal_edge.files import write_text
-from dpal_edge.models.teacher import load_teacher
-from dpal_edge.models.vit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    VisionTransformer,
-    init_student,
-    normalize,
-    student_config,
-)
+from dpal_edge.models.students import build_student, init_student_weights, student_config
+from dpal_edge.models.teacher import load_teachers
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.pipeline import Pipeline
 from dpal_edge.runtime.video import RunSummary, Video, run_video
-from dpal_edge.train.command import ProgressBar
-from dpal_edge.train.config import TrainConfig
+from dpal_edge.train.config import TrainConfig, build_config
+from dpal_edge.train.panel import Panel
 from dpal_edge.train.run import Summary, run_training
 
 MARKER = "dpal-edge-demo.json"  # tells a folder of an earlier demo, which may be replaced, from any other
@@ -83,8 +77,8 @@ def run_demo(out: Path, *, updates: int, say: Say) -> Path:
         "train", f"DPAL distils the teacher into a ViT-Ti, {updates} updates of 16 crops at {_SIZE[0]}x{_SIZE[1]}"
     )
     config = _settings(out, teacher, updates)
-    with ProgressBar() as bar:
-        summary = run_training(config, out / "run", watcher=bar)
+    with Panel() as panel:
+        summary = run_training(config, out / "run", watcher=panel)
     if summary.interrupted:
         raise DataError(f"stopped at update {summary.step}; the demo starts from nothing each time: run it again")
     steps.end(_trained(summary))
@@ -138,21 +132,22 @@ def _cut_crops(out: Path) -> int:
 
 
 def _settings(out: Path, teacher: Path, updates: int) -> TrainConfig:
-    return TrainConfig(
-        teacher=f"timm:{TIMM_NAME}@{teacher}",
-        teacher_layer=LAYER,
-        data=(str(out / "crops"),),
-        backgrounds=(str(out / "rooms"),),
-        size=_SIZE,
-        local_size=(64, 48),
-        crowd_size=(128, 128),
-        batch=16,
-        steps=updates,
-        base_lr=0.016,  # 1e-3 for a batch of 16: a short run takes larger steps than the published 200 epochs
-        warmup=0.1,
-        log_every=5,
-        save_every=updates,
-        validation_images=32,
+    return build_config(
+        {
+            "teacher": f"timm:{TIMM_NAME}@{teacher}?layer={LAYER}",
+            "data": str(out / "crops"),
+            "backgrounds": str(out / "rooms"),
+            "size": _SIZE,
+            "local_size": (64, 48),
+            "crowd_size": (128, 128),
+            "batch": 16,
+            "steps": updates,
+            "base_lr": 0.016,  # 1e-3 for a batch of 16: a short run takes larger steps than the published 200 epochs
+            "warmup": 0.1,
+            "log_every": 5,
+            "save_every": updates,
+            "validation_images": 32,
+        }
     )
 
 
@@ -172,9 +167,9 @@ def _compare(out: Path, config: TrainConfig) -> Agreement:
     crops = read_crops((str(out / "unseen"),), config.size, _COMPARED)
     with torch.no_grad():
         images = normalize(torch.from_numpy(crops).permute(0, 3, 1, 2))
-        teacher = load_teacher(config.teacher, layer=config.teacher_layer)(images)[:, 0].numpy()
-    untrained = VisionTransformer(student_config(config.student, config.size))
-    init_student(untrained, torch.Generator().manual_seed(config.seed))
+        teacher = load_teachers(config.teacher, size=config.size)(images, ("global",))["global"][:, 0].numpy()
+    untrained = build_student(student_config(config.student, config.size))
+    init_student_weights(untrained, torch.Generator().manual_seed(config.seed))
     before = torch_outputs(untrained, crops, IMAGENET_MEAN, IMAGENET_STD)
     with Pipeline.open(out / "bundle", detector=EmptyRoomDetector(empty_room(ROOM_CLIP))) as pipeline:
         after = pipeline.embed(crops)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpal_edge.models.vit import Attention
+from dpal_edge.models.vit import Attention, mix_values
 
 PATTERNS = ("global", "local", "relation")
 EXPERTS = len(PATTERNS)
@@ -79,7 +79,7 @@ class DynamicPatternDecoder(nn.Module):
         self.queries = nn.Parameter(torch.zeros(1, EXPERTS, inner))
         self.query_attn = Attention(inner, heads)
         self.cross_norm = nn.LayerNorm(inner, eps=_EPS)
-        self.cross_attn = nn.MultiheadAttention(inner, heads, batch_first=True)
+        self.cross_attn = CrossAttention(inner, heads)
         self.expert_in_norm = nn.LayerNorm(inner, eps=_EPS)
         self.expert = nn.Linear(inner, inner * out_width)
         self.expert_norm = nn.LayerNorm(inner * out_width, eps=_EPS)
@@ -138,7 +138,7 @@ class DynamicPatternDecoder(nn.Module):
         """Condition the three expert queries on the tokens (before attention, as published): (B, 3, D)."""
         queries = self.queries.expand(len(x), -1, -1)
         queries = queries + self.query_attn(queries)
-        conditioned: Tensor = queries + self.cross_attn(self.cross_norm(queries), x, x, need_weights=False)[0]
+        conditioned: Tensor = queries + self.cross_attn(self.cross_norm(queries), x)
         return conditioned
 
     def _generate(self, queries: Tensor) -> Tensor:
@@ -186,6 +186,29 @@ class StaticDecoder(nn.Module):
 Decoder = DynamicPatternDecoder | StaticDecoder
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of some tokens over others, with the parameters of ``nn.MultiheadAttention``.
+
+    That one is not used because it always takes torch's fused kernel, which ``mix_values`` avoids where it is slow.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.zeros(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """Let queries (B, M, width) read the context (B, N, width): (B, M, width)."""
+        width = queries.shape[-1]
+        q = F.linear(queries, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        k, v = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        mixed: Tensor = self.out_proj(mix_values(q, k, v).transpose(1, 2).flatten(2))
+        return mixed
+
+
 class _Router(nn.Module):
     """One learned token that reads all tokens and scores the three experts."""
 
@@ -193,13 +216,13 @@ class _Router(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.norm = nn.LayerNorm(width, eps=_EPS)
-        self.attn = nn.MultiheadAttention(width, 12, batch_first=True)
+        self.attn = CrossAttention(width, 12)
         self.weight = nn.Parameter(torch.zeros(EXPERTS, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits (B, 3) for tokens (B, N, width)."""
         token = self.norm(self.token.expand(len(tokens), -1, -1))
-        read = self.attn(token, tokens, tokens, need_weights=False)[0]
+        read = self.attn(token, tokens)
         return F.linear(read[:, 0], self.weight)
 
 
@@ -210,7 +233,7 @@ def init_decoder(decoder: Decoder, generator: torch.Generator, query_init: Query
     0.02) breaks the symmetry from the start.
     """
     for module in decoder.modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, CrossAttention):
             nn.init.xavier_uniform_(module.in_proj_weight, generator=generator)
             nn.init.zeros_(module.in_proj_bias)
         elif isinstance(module, nn.Linear):

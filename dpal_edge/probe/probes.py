@@ -78,8 +78,8 @@ class Scores:
 def probe_reid(splits: Mapping[str, Split[Identity]], bench: Bench) -> Scores:
     """Rank the gallery by cosine similarity: of the global token, and of pooled patch tokens where there are any.
 
-    ``patch_`` is the mean of all patches; ``strip_`` the mean of each row of them, side by side, which keeps apart what a
-    person wears above and below.
+    ``patch_`` is the mean of all patches; ``strip_`` the mean of each row of them, side by side, which keeps apart what
+    a person wears above and below.
     """
     found = {}
     for name in ("query", "gallery"):

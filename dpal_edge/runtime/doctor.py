@@ -53,7 +53,7 @@ _PACKAGES = (
 
 # Stage -> the modules it imports, and the extras that bring them.
 _STAGES = {
-    "train": (("torch", "torchvision", "timm", "safetensors", "PIL", "tqdm", "tensorboard"), "train"),
+    "train": (("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "rich", "fsspec", "tensorboard"), "train"),
     "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime"), "export"),
     "run": (("onnxruntime", "cv2"), "onnxruntime,camera"),
 }

@@ -134,7 +134,7 @@ def build_state(
     ema = copy.deepcopy(method.backbone).requires_grad_(False)
     if config.compile:
         method.compile()
-    model = DistributedDataParallel(method, broadcast_buffers=False) if world.size > 1 else method
+    model = DistributedDataParallel(method) if world.size > 1 else method
     return State(method, model, optimizer, scaler, ema, device, precision, world)
 
 

@@ -31,7 +31,7 @@ from dpal_edge.train.method import Method, Views
 from dpal_edge.train.methods.dpal import Dpal
 from dpal_edge.train.panel import opening
 from dpal_edge.train.saver import state_tensors
-from dpal_edge.train.setup import Setup, prepare
+from dpal_edge.train.setup import Setup, prepare, worker_count
 
 _PEOPLE = 8  # rows of the contact sheet
 _HEIGHT, _GAP, _LINE = 160, 6, 14  # pixels: of a view on it, between views, of a line of text
@@ -121,7 +121,7 @@ def measure(setup: Setup, run: Path, processes: int = 1) -> Estimate:
         images=len(setup.data.train),
         batch=config.batch,
         processes=processes,
-        workers=_workers(config, state.device, processes),
+        workers=worker_count(config, state.device, processes),
         update_s=update_s,
         batch_s=batch_s,
         device=str(state.device),
@@ -321,12 +321,6 @@ def _cache_bytes(setup: Setup, batches: PersonBatches) -> int:
         targets = state.method.targets(to_views(batches[0], state.device))
     shapes = {name: tuple(value.shape[1:]) for name, value in targets.items()}
     return bytes_needed(config.view_variants * len(setup.data.train), shapes, DTYPES[state.precision])
-
-
-def _workers(config: TrainConfig, device: torch.device, processes: int) -> int:
-    if config.workers is not None:
-        return config.workers
-    return 1 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // processes))
 
 
 def _existing(path: Path) -> Path:

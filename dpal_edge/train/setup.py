@@ -58,7 +58,7 @@ class Setup:
         return TimedLoader(
             self.batches(),
             range(self.state.step, stop),
-            workers=_workers(self.config, self.state),
+            workers=worker_count(self.config, self.state.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
             device=self.state.device,
             accumulate=self.config.accumulate,
         )
@@ -247,10 +247,11 @@ def _refuse_used(run: Path) -> None:
         raise ConfigError(f"{run}: already holds a run; go on with it by --resume, or choose another --out")
 
 
-def _workers(config: TrainConfig, state: State) -> int:
-    """Leave a CPU's cores to the computation; feed a GPU with up to 16 processes, an equal share of the machine's."""
+def worker_count(config: TrainConfig, device: torch.device, processes: int) -> int:
+    """Leave a CPU's cores to the computation; feed a GPU with up to 16 processes, an equal share of the machine's.
+
+    ``processes`` is the number of training processes on this machine.
+    """
     if config.workers is not None:
         return config.workers
-    if state.device.type == "cpu":
-        return 1
-    return max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return 1 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // processes))

@@ -58,7 +58,7 @@ def write_lip(folder: Path, *, images: int = 10, classes: bool = True) -> Path:
 
 
 def write_coco(folder: Path, *, people: int = 12, year: str = "") -> Path:
-    """Two people side by side on each image, a dot of its own colour on each joint; a crowd and an unlabelled person."""
+    """Two people on each image, a dot of its own colour on each joint; also a crowd and a person without joints."""
     rng = np.random.default_rng(2)
     dots = rng.integers(0, 255, (len(JOINTS), 3))
     for split in ("train", "val"):
