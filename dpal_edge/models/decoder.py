@@ -204,7 +204,7 @@ class CrossAttention(nn.Module):
         width = queries.shape[-1]
         q = F.linear(queries, self.in_proj_weight[:width], self.in_proj_bias[:width])
         k, v = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for x in (q, k, v))
         mixed: Tensor = self.out_proj(mix_values(q, k, v).transpose(1, 2).flatten(2))
         return mixed
 

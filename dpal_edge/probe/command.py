@@ -1,4 +1,4 @@
-"""What ``dpal-edge probe`` does with its options; and the same for a model in memory."""
+"""What ``dpal-edge probe`` does with its options."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.files import find_images
 from dpal_edge.probe.features import FeatureExtractor, open_extractor
 from dpal_edge.probe.probes import PROBES, Bench
@@ -104,12 +104,15 @@ def read_splits(folders: Mapping[str, Path], limit: int | None, seed: int) -> di
     """Read what the probe of each task needs, at most ``limit`` images of a split.
 
     Raises:
-        DataError: a folder is not of its task's layout.
+        DataError: a folder is not of its task's layout, or its splits have other labels.
     """
-    return {
-        name: limit_splits({split: TASKS[name].read(folder, split) for split in PROBES[name].splits}, limit, seed)
-        for name, folder in folders.items()
-    }
+    found = {}
+    for name, folder in folders.items():
+        splits = {split: TASKS[name].read(folder, split) for split in PROBES[name].splits}
+        if len({split.labels for split in splits.values()}) > 1:
+            raise DataError(f"{folder}: {' and '.join(splits)} have other labels, or the same in another order")
+        found[name] = limit_splits(splits, limit, seed)
+    return found
 
 
 def _check_patches(extractor: FeatureExtractor, tasks: Iterable[str]) -> None:

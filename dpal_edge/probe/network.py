@@ -52,7 +52,7 @@ class NetworkFeatures:
         self._mean, self._std = mean, std
         self._device = device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a backbone in training may keep what it computes here
     def __call__(self, crops: Pixels) -> Features:
         """Map crops to tokens."""
         images = torch.from_numpy(crops).to(self._device).permute(0, 3, 1, 2)

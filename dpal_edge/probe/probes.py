@@ -26,6 +26,7 @@ from dpal_edge.tasks.sample import Sample, Split
 _HELD = 5  # one in so many training images chooses the penalty
 _LOOKS = 8  # mask pixels looked at under a patch, down and across
 _HEAT_SIGMA = 0.7  # of a joint's heat, in patches
+_STRIPS = 8  # bands that a person is cut into, from above
 _REACH = 1  # patches on each side of the hottest one that tell where in it the joint is
 
 Samples = Sequence[Sample[Any]]
@@ -56,7 +57,7 @@ class Bench:
             The regression, and the moments of all that it was fitted to.
 
         Raises:
-            DataError: there are fewer than two samples.
+            DataError: there are fewer than two samples, or nothing to fit to in one of the parts.
         """
         if len(samples) < 2:
             raise DataError(f"{len(samples)} training image, expected at least 2: one of {_HELD} chooses the penalty")
@@ -64,6 +65,8 @@ class Bench:
         count = max(len(samples) // _HELD, 1)
         parts = [[samples[i] for i in sorted(chosen)] for chosen in (order[count:], order[:count])]
         fit, held = (sum_moments(pairs(*batch) for batch in self.features(part)) for part in parts)
+        if not fit.count or not held.count:
+            raise DataError(f"{samples[0].image.parent}: in {len(samples)} training images too little is labelled")
         return fit_ridge(fit, held), fit + held
 
 
@@ -78,8 +81,8 @@ class Scores:
 def probe_reid(splits: Mapping[str, Split[Identity]], bench: Bench) -> Scores:
     """Rank the gallery by cosine similarity: of the global token, and of pooled patch tokens where there are any.
 
-    ``patch_`` is the mean of all patches; ``strip_`` the mean of each row of them, side by side, which keeps apart what
-    a person wears above and below.
+    ``patch_`` is the mean of all patches; ``strip_`` the means of eight bands of rows, side by side, which keep apart
+    what a person wears above and below.
     """
     found = {}
     for name in ("query", "gallery"):
@@ -243,8 +246,9 @@ def _pooled(features: Features) -> dict[str, Rows]:
     """Return what stands for a whole person, (B, any length) each, by the prefix of its metrics."""
     if features.patches is None:
         return {"": features.whole}
-    strips = features.patches.mean(axis=2)  # (B, rows, D)
-    return {"": features.whole, "patch_": strips.mean(axis=1), "strip_": strips.reshape(len(strips), -1)}
+    bands = np.array_split(features.patches, min(_STRIPS, features.patches.shape[1]), axis=1)
+    strips = np.concatenate([band.mean(axis=(1, 2)) for band in bands], axis=1)
+    return {"": features.whole, "patch_": features.patches.mean(axis=(1, 2)), "strip_": strips}
 
 
 def _middle(linear: LinearMap, total: Moments) -> NDArray[np.float64]:

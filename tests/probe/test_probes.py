@@ -11,7 +11,7 @@ from dpal_edge.tasks.pose import Pose, read_coco_keypoints
 from dpal_edge.tasks.reid import Identity
 from dpal_edge.tasks.sample import Sample, Split
 from tests.probe.colours import Colours, Corners
-from tests.tasks.layouts import save_image
+from tests.tasks.layouts import save_image, write_coco, write_lip
 
 
 @pytest.fixture
@@ -152,6 +152,22 @@ def test_one_training_image_is_too_few(folders, colours):
     sample = read_coco_keypoints(folders["pose"], "train").samples[:1]
     with pytest.raises(DataError, match="1 training image, expected at least 2"):
         Bench(colours, 4, 0).fit(sample, lambda samples, features: (features.whole, features.whole))
+
+
+def test_masks_that_say_nothing(tmp_path, colours):
+    folder = write_lip(tmp_path)
+    for path in (folder / "train_segmentations").iterdir():
+        save_image(path, np.full((32, 16), 255))
+    with pytest.raises(DataError, match="train_images: in 10 training images too little is labelled"):
+        _probe("parsing", {"parsing": folder}, colours)
+
+
+def test_splits_must_agree_on_their_labels(tmp_path):
+    folder = write_coco(tmp_path)
+    path = folder / "annotations" / "person_keypoints_val.json"
+    path.write_text(path.read_text().replace("left_hip", "left_knee"))
+    with pytest.raises(DataError, match="train and val have other labels"):
+        read_splits({"pose": folder}, None, 0)
 
 
 def test_a_limit_draws_by_seed_and_keeps_people_together():

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError, ModelFileError
 from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
-from dpal_edge.train.config import build_config
 from dpal_edge.models.teacher import load_teachers
+from dpal_edge.train.config import build_config
 from dpal_edge.train.data import PersonBatches
 from dpal_edge.train.distributed import World
 from dpal_edge.train.loop import (
@@ -347,8 +347,8 @@ def test_loss_that_is_not_finite_stops_the_run_with_a_checkpoint_intact(settings
     write_checkpoint(path, saved.tensors, saved.metadata)
     with pytest.raises(
         DataError,
-        match=r"the loss term 'global' is not finite at update 2, on .*\.jpg, .*\.jpg .*not-finite\.json\); .* is intact, "
-        r"--resume goes on .* --set base_lr",
+        match=r"the loss term 'global' is not finite at update 2, on .*\.jpg, .*\.jpg .*not-finite\.json\); .* is "
+        r"intact, --resume goes on .* --set base_lr",
     ) as caught:
         run_training(build_config(fields), tmp_path / "run", resume=True)
     bad = json.loads((tmp_path / "run" / "not-finite.json").read_text())
