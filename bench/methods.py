@@ -40,8 +40,8 @@ def main() -> None:
     """Run what is not done yet, ``--jobs`` at a time, and print means and deviations over seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--task", nargs="+", required=True)
+    parser.add_argument("--data", nargs="+", action="extend", required=True)
+    parser.add_argument("--task", nargs="+", action="extend", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)

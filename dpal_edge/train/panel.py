@@ -84,6 +84,10 @@ class Panel(Watcher):
         """Show what the frozen student is worth."""
         self._note("probe", f"{', '.join(f'{name} {value:.4g}' for name, value in scores.items())} (update {step})")
 
+    def warned(self, text: str) -> None:
+        """Say what went wrong."""
+        self._say(f"warning: {text}")
+
     def stopping(self) -> None:
         """Say why nothing seems to happen for a moment."""
         self._say("stopping: saving what was learned; once more gives up at once")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpal_edge import __version__
-from dpal_edge.errors import DataError
+from dpal_edge.errors import DataError, DpalEdgeError
 from dpal_edge.files import append_lines, write_text
 from dpal_edge.models.checkpoint import CHECKPOINTS, list_checkpoints, write_checkpoint
 from dpal_edge.models.students import config_to_dict
@@ -38,7 +38,8 @@ class Saver:
         self.skipped: dict[str, str] = {**setup.data.train.skipped, **setup.data.validation.skipped}
         self.seconds = 0.0  # spent here so far; not part of the training speed
         self._setup, self._watcher = setup, watcher
-        self._probed = self.state.step  # by then it was probed, or nothing has changed since
+        self._saved = self.state.step or None  # what a run goes on from was saved; all processes must know alike
+        self._probed = self.state.step
         size = min(
             self.config.batch // self.config.accumulate // self.state.world.size, len(setup.data.validation.names)
         )
@@ -54,15 +55,15 @@ class Saver:
             self.probe()
 
     def save(self) -> Path:
-        """Validate, write ``step-N.safetensors`` unless it is there, drop old ones, and return its path.
+        """Validate, write ``step-N.safetensors`` unless this was done, drop old ones, and return its path.
 
         Raises:
             DataError: the weights are not finite, or the file cannot be written; earlier checkpoints stay.
         """
         state = self.state
         path = self.run / CHECKPOINTS / f"step-{state.step:08d}.safetensors"
-        if path.exists():
-            return path  # resumed at the very end: nothing has changed since
+        if self._saved == state.step:
+            return path
         start = time.perf_counter()
         try:
             if not all(parameter.isfinite().all() for parameter in state.method.backbone.parameters()):
@@ -75,6 +76,7 @@ class Saver:
         except DataError as error:
             raise DataError(f"{error}; {self.fallback()}") from error
         state.world.wait()
+        self._saved = state.step
         self.seconds += time.perf_counter() - start
         return path
 
@@ -84,7 +86,14 @@ class Saver:
             return
         start = time.perf_counter()
         if self.state.world.main:
-            backbone = self.state.ema if self._best() == "ema" else self.state.method.backbone
+            self._probe()
+        self.state.world.wait()
+        self._probed = self.state.step
+        self.seconds += time.perf_counter() - start
+
+    def _probe(self) -> None:
+        backbone = self.state.ema if self._best() == "ema" else self.state.method.backbone
+        try:
             self.scores = probe_backbone(
                 backbone,
                 parse_tasks(self.config.probe),
@@ -94,11 +103,11 @@ class Saver:
                 device=self.state.device,
                 limit=self.config.probe_images,
             )
-            append_lines(self.run / "probes.jsonl", [{"step": self.state.step, **self.scores}])
-            self._watcher.probed(self.state.step, self.scores)
-        self.state.world.wait()
-        self._probed = self.state.step
-        self.seconds += time.perf_counter() - start
+        except DpalEdgeError as error:  # an image that has become unreadable must not end days of training
+            self._watcher.warned(f"no probe at update {self.state.step}: {error}")
+            return
+        append_lines(self.run / "probes.jsonl", [{"step": self.state.step, **self.scores}])
+        self._watcher.probed(self.state.step, self.scores)
 
     def fallback(self) -> str:
         """Say from where a run that failed can go on."""

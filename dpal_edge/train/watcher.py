@@ -36,5 +36,8 @@ class Watcher:
     def probed(self, step: int, scores: dict[str, float]) -> None:
         """Receive what the frozen student is worth on the tasks of ``config.probe``."""
 
+    def warned(self, text: str) -> None:
+        """Receive in one line what went wrong without ending the run."""
+
     def stopping(self) -> None:
         """Hear that a signal came; what follows is saving."""
