@@ -53,7 +53,10 @@ _PACKAGES = (
 
 # Stage -> the modules it imports, and the extras that bring them.
 _STAGES = {
-    "train": (("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "rich", "fsspec", "tensorboard"), "train"),
+    "train": (
+        ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "rich", "fsspec", "tensorboard", "hotcoco"),
+        "train",
+    ),
     "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime"), "export"),
     "run": (("onnxruntime", "cv2"), "onnxruntime,camera"),
 }

@@ -6,6 +6,8 @@ the metrics of an interval) travels as host data on a second group, so the devic
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,9 +18,10 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import ConfigError, DataError
 
 _PATIENCE = timedelta(minutes=30)  # a peer may validate, probe or save for a while
+_GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")  # in what torch raises then
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -105,10 +108,27 @@ def join_world(device: str) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, control)
 
 
-def leave_world(world: World) -> None:
-    """End what ``join_world`` began."""
-    if world.size > 1:
-        dist.destroy_process_group()
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Be one of the training processes for a while.
+
+    Raises:
+        ConfigError: as join_world.
+        DataError: another process has ended before its time.
+    """
+    world = join_world(device)
+    try:
+        yield world
+    except RuntimeError as error:
+        if world.size == 1 or not any(text in str(error) for text in _GONE):
+            raise
+        raise DataError(
+            f"training process {world.rank} of {world.size} lost another one ({str(error).splitlines()[0]}); what "
+            f"ended it says so itself"
+        ) from error
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
 
 
 def launch(processes: int, arguments: list[str]) -> int:

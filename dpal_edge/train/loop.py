@@ -1,6 +1,7 @@
 """The training loop: what an update is, and nothing about files."""
 
 import copy
+import gc
 import math
 import signal
 import time
@@ -284,6 +285,7 @@ def _what_fits(state: State, config: TrainConfig, batches: PersonBatches) -> str
 
 def _fits(state: State, batches: PersonBatches, images: int) -> bool:
     state.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
     smaller = PersonBatches(batches.source, batches.config, batches.views, batch=images)

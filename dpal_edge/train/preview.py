@@ -106,7 +106,7 @@ def measure(setup: Setup, run: Path, processes: int = 1) -> Estimate:
     """Update a few times on real data and look at clock, memory and disk; what the updates learn is of no use."""
     config, state = setup.config, setup.state
     state.cache = None  # a run fills it in its first passes, which are the slow ones
-    batches = PersonBatches(setup.data.train, config, state.method.views, rank=0, world=processes)
+    batches = setup.batches(processes)
     steps = range(state.step, state.step + 1 + _MEASURED)
     updates = config.steps - state.step
     with TimedLoader(batches, steps, workers=0, device=state.device, accumulate=config.accumulate) as loader:

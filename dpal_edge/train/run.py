@@ -13,7 +13,7 @@ from dpal_edge.errors import DataError, DpalEdgeError
 from dpal_edge.files import write_text
 from dpal_edge.models.checkpoint import CHECKPOINTS
 from dpal_edge.train.config import TrainConfig
-from dpal_edge.train.distributed import Vote, join_world, leave_world
+from dpal_edge.train.distributed import Vote, joined
 from dpal_edge.train.loop import train
 from dpal_edge.train.metrics import Metrics
 from dpal_edge.train.saver import Saver
@@ -59,18 +59,14 @@ def run_training(config: TrainConfig, run: Path, *, resume: bool = False, watche
     Raises:
         ConfigError, DataError, ModelFileError: before anything is written, or with the last checkpoint intact.
     """
-    world = join_world(config.device)
-    watcher = (watcher or Watcher()) if world.main else Watcher()
-    try:
+    with joined(config.device) as world:
+        watcher = (watcher or Watcher()) if world.main else Watcher()
         setup = prepare(config, run, world, resume=resume)
         watcher.started(setup.facts())
         if world.main:
             _write_start(run, setup)
         world.wait()
-        summary = _follow(setup, run, watcher)
-    finally:
-        leave_world(world)
-    return summary
+        return _follow(setup, run, watcher)
 
 
 def _follow(setup: Setup, run: Path, watcher: Watcher) -> Summary:

@@ -48,10 +48,11 @@ class Setup:
     passports: list[dict[str, Any]]
     changes: list[dict[str, Any]]  # settings that a resume changed: step, name, before, after
 
-    def batches(self) -> PersonBatches:
-        """Return this process's part of the batches to train on."""
-        world = self.state.world
-        return PersonBatches(self.data.train, self.config, self.state.method.views, rank=world.rank, world=world.size)
+    def batches(self, processes: int | None = None) -> PersonBatches:
+        """Return this process's part of the batches to train on, among ``processes`` or those there are."""
+        world, config = self.state.world, resolve_augment(self.config, self.state.device)
+        size = processes or world.size
+        return PersonBatches(self.data.train, config, self.state.method.views, rank=world.rank, world=size)
 
     def loader(self, stop: int) -> TimedLoader:
         """Return the passes of the next update up to update ``stop``."""
@@ -107,7 +108,6 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
     read_splits(parse_tasks(config.probe), config.probe_images, 0)  # what a probe hours from now will need
     data = _open_data(config)
     device, precision = choose_device(config, world, earlier=saved.metadata["written"]["precision"] if saved else None)
-    config = resolve_augment(config, device)
     teachers = load_teachers(config.teacher, layer=config.teacher_layer, size=config.size)
     state = build_state(config, teachers.to(device), device, precision, world)
     passports = _checked_passports(teachers, data.train, config, device)
@@ -204,7 +204,7 @@ def _open_cache(config: TrainConfig, state: State, passports: list[dict[str, Any
     if config.teacher_cache is None or config.view_variants is None:
         return None
     views = ("size", "local_size", "crowd_size", "crowd", "crowd_source", "crowd_data", "backgrounds", "augment")
-    settings = config.to_dict()
+    settings = resolve_augment(config, state.device).to_dict()
     identity = {
         "teachers": [
             {key: value for key, value in passport.items() if key != "feature_check"} for passport in passports

@@ -247,7 +247,8 @@ def test_stages_import_what_their_extras_bring():
     for stage in ("train", "export"):
         extra = re.search(rf"^{stage} = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)[1]
         unconditional = re.findall(r'^    "([\w-]+)[^;\n]*",$', extra, re.MULTILINE)
-        assert {"PIL" if name == "pillow" else name for name in unconditional} == set(doctor._STAGES[stage][0])
+        modules = {"pillow": "PIL", "pyyaml": "yaml"}
+        assert {modules.get(name, name) for name in unconditional} == set(doctor._STAGES[stage][0])
 
 
 def test_doctor_process_imports_no_engine():
