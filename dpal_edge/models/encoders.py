@@ -26,6 +26,8 @@ class Encoder(nn.Module):
     layer: int  # 1 to depth
     target: Target  # what the global token is
     heads: int | None = None  # of block ``layer``; None where its attention is not that of a plain ViT
+    all_heads: str = ""  # of this project's ViT; as in "6+12" where the last block has others than the rest
+    resize: str = ""  # how this project's ViT resizes its positions
     semantic_weight: float | None = None  # SOLIDER's
 
     def attend(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,8 @@ class VitEncoder(Encoder):
         self.layer = layer or config.depth
         self.target = "cls" if config.class_token else "mean"
         self.heads = config.last_heads if self.layer == config.depth else config.heads
+        self.all_heads = "+".join(map(str, dict.fromkeys((config.heads, config.last_heads))))
+        self.resize = config.pos_interp
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the tokens."""
@@ -90,7 +94,10 @@ class SwinEncoder(Encoder):
 
 
 class TimmEncoder(Encoder):
-    """A ViT of timm's that has ``blocks`` and takes images of any size; ``layer`` None is the last block."""
+    """A ViT of timm's that has ``blocks`` and takes images of any size; ``layer`` None is the last block.
+
+    Where the model pools before its final norm, that norm (``fc_norm``) is applied to every token here.
+    """
 
     def __init__(self, model: Any, layer: int | None = None) -> None:
         super().__init__()
@@ -105,15 +112,23 @@ class TimmEncoder(Encoder):
         if type(attention) is Attention and isinstance(attention.q_norm, nn.Identity):
             self.heads = attention.num_heads
 
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm; the identity if there is none."""
+        norm: nn.Module = self.model.fc_norm if isinstance(self.model.norm, nn.Identity) else self.model.norm
+        return norm
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the tokens, without registers."""
         [taken] = self.model.forward_intermediates(
-            images, indices=[self.layer - 1], norm=True, stop_early=True, output_fmt="NLC", return_prefix_tokens=True,
+            images, indices=[self.layer - 1], norm=False, stop_early=True, output_fmt="NLC", return_prefix_tokens=True,
             intermediates_only=True,
         )  # fmt: skip
         patches, prefix = taken if isinstance(taken, tuple) else (taken, None)  # no tuple without prefix tokens
+        patches = self.norm(patches)
         # The class token comes before registers; without one, registers may still be there.
-        first = patches.mean(1, keepdim=True) if prefix is None or self.target == "mean" else prefix[:, :1]
+        mean = prefix is None or self.target == "mean"
+        first = patches.mean(1, keepdim=True) if mean else self.norm(prefix[:, :1])
         return torch.cat([first, patches], dim=1)
 
     def attend(self, images: Tensor) -> tuple[Tensor, Tensor]:

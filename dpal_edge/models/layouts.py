@@ -7,7 +7,7 @@ where weights come from, and licences change: users must check their own files.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,9 @@ from dpal_edge.models.teacher_spec import SAPIENS_MEAN, SAPIENS_STD, Rgb, Teache
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, PosInterp
 
 RE_IDENTIFICATION = 0.2  # SOLIDER's weight for it; the default, since that is what a Swin beside a ViT is best at
-_DPAL_POSITIONS = ((1, 129, 192), (1, 129, 384))  # of ViT-T and ViT-S at 256x128; no other published ViT has them
+_DPAL_POSITIONS = ((1, 129, 192), (1, 129, 384))  # of ViT-T and ViT-S at 256x128
+_DPAL_HEADS = 6, 12
+_SAPIENS_HEADS = {1536: (24, 24), 1920: (32, 32)}  # where others of this width have other numbers, or are unknown
 _SHAPES = ((1, 1), (2, 1), (3, 2), (4, 3), (3, 1))  # rows to columns of usual inputs; 192 patches fit the last two
 # Sapiens' name -> ours, in order.
 _SAPIENS_NAMES = (
@@ -106,7 +108,7 @@ class Weights:
     entry: str = ""  # dictionary of the file that they were in; empty for the file itself
     fields: dict[str, Any] = field(default_factory=dict)  # known of ViTConfig, or to be given to timm.create_model
     timm: str = ""  # name of timm's architecture
-    heads: tuple[int, int] | None = None  # of most blocks, of the last; None is width / 64
+    heads: tuple[int, int] | None = None  # of most blocks, of the last; None is what is usual for the width
     semantic: float | None = None  # SOLIDER's weight, None without modulation
 
 
@@ -179,21 +181,28 @@ def _read_plain(published: _Published) -> Weights:
     if stray:
         del state["cls_token"]
     family = _plain_family(published, from_path=published.raw_path or separate is not None or stray)
-    of_dpal = family is DPAL
+    of_dpal = family.name == DPAL.name
     return Weights(
         kind="vit",
         family=family,
         state=_without_class_token(state, spec),
         entry=published.entry,
         fields=_vit_fields(state, spec, "1d" if of_dpal else "2d-dino"),
-        heads=(6, 12) if of_dpal else None,
+        heads=_DPAL_HEADS if of_dpal else None,
     )
 
 
 def _plain_family(published: _Published, *, from_path: bool) -> Family:
-    state = published.state
-    if published.of_dpal or ("pos_embed" in state and tuple(state["pos_embed"].shape) in _DPAL_POSITIONS):
+    state, heads = published.state, published.spec.heads
+    if published.of_dpal:
         return DPAL
+    shape = tuple(state["pos_embed"].shape) if "pos_embed" in state else ()
+    if shape in _DPAL_POSITIONS and heads in (None, _DPAL_HEADS):  # its bare backbone has nothing else to be known by
+        return replace(
+            DPAL,
+            note=f"taken for a student of DPAL (heads=6+12, resize=1d, its licence) by its {shape[1]} positions alone; "
+            f"if it is another ViT of 256x128, give heads={shape[2] // 64}&resize=2d",
+        )
     if from_path:
         return PATH
     if "blocks.0.ls1.gamma" in state:
@@ -217,6 +226,7 @@ def _read_sapiens(published: _Published) -> Weights:
         state=_without_class_token(state, spec),
         entry=published.entry,
         fields={**_vit_fields(state, spec, "2d", _SHAPES[:-1]), "patch_padding": padding},
+        heads=_SAPIENS_HEADS.get(state["pos_embed"].shape[-1]) if "pos_embed" in state else None,
     )
 
 

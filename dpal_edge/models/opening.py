@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import re
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,9 @@ from dpal_edge.models.vit import VisionTransformer
 # Tensors that change what a ViT computes; others, such as the heads and decoders of pretraining, do not.
 _COMPUTING = ("blocks.", "patch_embed.", "norm_pre.", "reg", "storage_tokens", "cls_token_pos_embed", "rope")
 LEAST_MATCH = 0.95  # a teacher with fewer of its tensors found is refused: it would train a student on noise
+_NEEDED = ("blocks.", "stages.", "patch_embed.", "pos_embed")  # each of these is random until it is found
+_BLOCK = re.compile(r"(stages\.\d+\.)?blocks\.\d+\.")
+_SIXTEEN_HEADS = (1152, 1280, 1408, 1664, 1792)  # widths of published ViTs (So400m, H, g, G, E) that have 16 heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,7 @@ class Origin:
     family: Family
     sha256: str
     keys_matched: float = 1.0
+    missing: tuple[str, ...] = ()  # tensors of the model that were not found
     entry: str = ""
 
 
@@ -38,8 +43,10 @@ def open_teacher(spec: TeacherSpec) -> tuple[Encoder, Origin]:
     """Open what ``spec`` names, at its layer.
 
     Raises:
-        ConfigError: an option that means nothing for this source, an unknown timm name, or a layer that is not there.
-        ModelFileError: the file is missing, damaged, of an unknown layout, or less than 95 % of its keys match.
+        ConfigError: an option that means nothing for this source, an unknown timm name, a timm model without a final
+            norm, a layer that is not there, or heads that the width leaves open.
+        ModelFileError: the file is missing, damaged, of an unknown layout, lacks a tensor of a block that runs, or less
+            than 95 % of the model's keys match.
     """
     if spec.model:
         return _open_timm(spec)
@@ -47,9 +54,11 @@ def open_teacher(spec: TeacherSpec) -> tuple[Encoder, Origin]:
     if path.suffix == ".safetensors" and path.is_file() and is_ours(path):
         return _open_ours(spec, path)
     weights = recognise(read_tensors(path), spec)
-    encoder, matched = _BUILDERS[weights.kind](spec, weights)
-    origin = Origin(family=weights.family, sha256=sha256_of(path), keys_matched=matched, entry=weights.entry)
-    return encoder, origin
+    encoder = _BUILDERS[weights.kind](spec, weights)
+    matched, missing = _load(encoder, weights.state, path)
+    return encoder, Origin(
+        family=weights.family, sha256=sha256_of(path), keys_matched=matched, missing=missing, entry=weights.entry
+    )
 
 
 def _open_ours(spec: TeacherSpec, path: Path) -> tuple[Encoder, Origin]:
@@ -68,33 +77,42 @@ def _open_ours(spec: TeacherSpec, path: Path) -> tuple[Encoder, Origin]:
     return encoder, origin
 
 
-def _build_vit(spec: TeacherSpec, weights: Weights) -> tuple[Encoder, float]:
-    path, state = Path(spec.file), weights.state
+def _build_vit(spec: TeacherSpec, weights: Weights) -> Encoder:
+    path = Path(spec.file)
     try:
-        config = infer_vit(state, **weights.fields)
+        config = infer_vit(weights.state, **weights.fields)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}; for another architecture use timm:NAME@{path}") from error
-    heads, last_heads = spec.heads or weights.heads or (max(config.width // 64, 1),) * 2
+    heads, last_heads = spec.heads or weights.heads or (_usual_heads(spec, config.width),) * 2
     if config.width % heads or config.width % last_heads:
         count = f"{heads}+{last_heads}" if heads != last_heads else str(heads)
         raise ConfigError(f"teacher heads {count}: {path} has tokens of {config.width} channels, expected a divisor")
-    vit = VisionTransformer(replace(config, heads=heads, last_heads=last_heads))
-    _refuse_unknown(vit, state, path, "a plain ViT")
-    return _vit_encoder(spec, vit), load_matching(vit, state, path, least=LEAST_MATCH)
+    return _vit_encoder(spec, VisionTransformer(replace(config, heads=heads, last_heads=last_heads)))
 
 
-def _build_swin(spec: TeacherSpec, weights: Weights) -> tuple[Encoder, float]:
+def _usual_heads(spec: TeacherSpec, width: int) -> int:
+    """Return the attention heads that published ViTs of this width have."""
+    if width in _SIXTEEN_HEADS:
+        return 16
+    if width > 1024:
+        raise ConfigError(
+            f"teacher {spec.text!r}: tokens of {width} channels leave the number of attention heads open; give it, as "
+            f"in {spec.file}?heads={max(width // 64, 1)}"
+        )
+    return max(width // 64, 1)
+
+
+def _build_swin(spec: TeacherSpec, weights: Weights) -> Encoder:
     path = Path(spec.file)
     try:
         swin = SwinTransformer(infer_swin(weights.state))
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    return _swin_encoder(spec, swin, weights.semantic), load_matching(swin, weights.state, path, least=LEAST_MATCH)
+    return _swin_encoder(spec, swin, weights.semantic)
 
 
-def _build_timm(spec: TeacherSpec, weights: Weights) -> tuple[Encoder, float]:
-    model = _create_timm(spec, weights.timm, **weights.fields)
-    return _timm_encoder(spec, model), _load_timm(model, weights.state, Path(spec.file))
+def _build_timm(spec: TeacherSpec, weights: Weights) -> Encoder:
+    return _timm_encoder(spec, _create_timm(spec, weights.timm, **weights.fields))
 
 
 _BUILDERS = {"vit": _build_vit, "swin": _build_swin, "timm": _build_timm}
@@ -126,14 +144,15 @@ def _open_timm(spec: TeacherSpec) -> tuple[Encoder, Origin]:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+    encoder = _timm_encoder(spec, model)
     if spec.file:
         path = Path(spec.file)
         entry, flat = unwrap(read_tensors(path), spec)
-        matched = _load_timm(model, split_dpal(flat)[0], path)
-        origin = Origin(family=family, sha256=sha256_of(path), keys_matched=matched, entry=entry)
-    else:
-        origin = Origin(family=family, sha256=_hash_weights(model))
-    return _timm_encoder(spec, model), origin
+        matched, missing = _load(encoder, split_dpal(flat)[0], path)
+        return encoder, Origin(
+            family=family, sha256=sha256_of(path), keys_matched=matched, missing=missing, entry=entry
+        )
+    return encoder, Origin(family=family, sha256=_hash_weights(model))
 
 
 def _create_timm(spec: TeacherSpec, name: str, *, pretrained: bool = False, **fields: Any) -> Any:
@@ -156,26 +175,59 @@ def _create_timm(spec: TeacherSpec, name: str, *, pretrained: bool = False, **fi
         ) from error
     if not (hasattr(model, "blocks") and isinstance(model.patch_embed, timm.layers.PatchEmbed)):
         raise ConfigError(f"teacher {spec.text!r}: {name} is not a ViT: it has no sequence of blocks on one patch grid")
+    if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+        raise ConfigError(
+            f"teacher {spec.text!r}: {name} has no final norm, and the features of a student, which end in one, are "
+            f"compared with what it gives; choose a model with one"
+        )
     return model
 
 
-def _load_timm(model: Any, state: dict[str, Tensor], path: Path) -> float:
-    """Load weights that timm, or its publisher, named; return the share of the model's tensors that were found."""
+def _load(encoder: Encoder, state: dict[str, Tensor], path: Path) -> tuple[float, tuple[str, ...]]:
+    """Load published weights; return the share of the network's tensors that were found, and what was not.
+
+    Raises:
+        ModelFileError: a tensor that runs is missing, too few are there, or more than the network computes with.
+    """
+    network = encoder.network
+    if isinstance(encoder, TimmEncoder):
+        state = _translate(network, state)
+    _refuse_unknown(encoder, state, path)
+    matched = load_matching(network, state, path, least=LEAST_MATCH)
+    wanted = list(network.state_dict())
+    missing = [key for key in wanted if key not in state]
+    blocks = list(dict.fromkeys(found[0] for key in wanted if (found := _BLOCK.match(key))))
+    idle = tuple(blocks[encoder.layer :])
+    if needed := [key for key in missing if key.startswith(_NEEDED) and not key.startswith(idle)]:
+        raise ModelFileError(
+            f"{path}: lacks {_few(needed)}, which the tokens of block {encoder.layer} need; random numbers would teach "
+            f"in their place; expected the whole file"
+        )
+    return matched, tuple(missing)
+
+
+def _translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put weights under timm's names that timm, or their publisher, named."""
     translate = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
-    if translate is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
-            state = translate(dict(state), model)
-    _refuse_unknown(model, state, path, f"timm's {type(model).__name__}")
-    return load_matching(model, state, path, least=LEAST_MATCH)
+    if translate is None:
+        return state
+    with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
+        return dict(translate(dict(state), model))
 
 
-def _refuse_unknown(model: nn.Module, state: dict[str, Tensor], path: Path, what: str) -> None:
-    """Refuse weights that compute something in their own architecture and nothing in ``model``."""
-    wanted = model.state_dict()
+def _few(keys: list[str]) -> str:
+    return f"{', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
+
+
+def _refuse_unknown(encoder: Encoder, state: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights that compute something in their own architecture and nothing in ``encoder``."""
+    network = encoder.network
+    what = {VitEncoder: "a plain ViT", SwinEncoder: "a Swin"}.get(type(encoder), f"timm's {type(network).__name__}")
+    wanted = network.state_dict()
     if unknown := [key for key in state if key.startswith(_COMPUTING) and key not in wanted]:
         raise ModelFileError(
-            f"{path}: {what} has no {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, so its features "
-            f"would be wrong; for another architecture use timm:NAME@{path}"
+            f"{path}: {what} has no {_few(unknown)}, so its features would be wrong; for another "
+            f"architecture use timm:NAME@{path}"
         )
 
 

@@ -18,6 +18,8 @@ from dpal_edge.models.opening import Origin, open_teacher
 from dpal_edge.models.teacher_spec import ROLES, Rgb, Role, Target, TeacherSpec, parse_spec
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
+_NAMED = 8  # missing tensors that a passport names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Passport:
@@ -32,11 +34,14 @@ class Passport:
     entry: str  # dictionary of the file that the weights were in; empty for the file itself, or a hub
     sha256: str  # of the weights file, or of the tensors where a hub served them
     keys_matched: float  # share of the model's tensors found in the file, 0..1
+    missing: tuple[str, ...]  # the others, a few of them by name
     parameters: int
     patch_size: int
     width: int
     depth: int
     layer: int  # block whose tokens are aligned, after the final norm
+    heads: str  # attention heads as in "12", or "6+12" with those of the last block; empty for timm's models and Swins
+    resize: str  # how its positions are resized; empty likewise
     global_target: Target
     input_size: tuple[int, int]  # height, width that it sees of the student's base view
     grid: tuple[int, int]  # its own rows and columns of patches there
@@ -248,7 +253,8 @@ def load_teacher(
     Raises:
         ConfigError: an option that is unknown or means nothing for this source, an unknown timm name, or a layer or
             global target that the model does not have.
-        ModelFileError: the file is missing, damaged, of an unknown layout, or less than 95 % of its keys match.
+        ModelFileError: the file is missing, damaged, of an unknown layout, or lacks what the aligned block needs, or
+            more than 5 % of the model's tensors.
     """
     parsed = parse_spec(spec)
     if layer is not None:
@@ -289,11 +295,14 @@ def make_teacher(
         entry=origin.entry,
         sha256=origin.sha256,
         keys_matched=origin.keys_matched,
+        missing=_shortened(origin.missing),
         parameters=sum(p.numel() for p in encoder.parameters()),
         patch_size=encoder.patch_size,
         width=encoder.width,
         depth=encoder.depth,
         layer=encoder.layer,
+        heads=encoder.all_heads,
+        resize=encoder.resize,
         global_target=target,
         input_size=seen,
         grid=_grid(seen, encoder.patch_size),
@@ -337,6 +346,10 @@ def check_features(teacher: Teacher, images: Tensor) -> dict[str, float]:
 def passport_fields(passport: Passport) -> dict[str, Any]:
     """Return the passport as JSON-ready values."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(passport).items()}
+
+
+def _shortened(names: tuple[str, ...]) -> tuple[str, ...]:
+    return names if len(names) <= _NAMED else (*names[:_NAMED], f"and {len(names) - _NAMED} more")
 
 
 def _least_zoom(patch: int, student_patch: int) -> float:

@@ -14,7 +14,8 @@ SOURCE is ``timm:NAME`` (weights from timm's hub), ``timm:NAME@FILE`` (local wei
   default what the layout, or timm, says. ``mean`` and ``std``: the same as three numbers with commas, of RGB in 0..1.
 - ``entry``: dictionary of FILE that holds the weights. By default teacher, student, model or state_dict, the first that
   is there; student before teacher in DPAL's files. In our checkpoints backbone or ema, by default the better.
-- ``heads``: attention heads of a ViT in FILE, N+M for M in the last block. By default width / 64; 6+12 for DPAL's.
+- ``heads``: attention heads of a ViT in FILE, N+M for M in the last block. By default 6+12 for DPAL's; for others what
+  published ViTs of that width have: width / 64 up to 1024, 16 for some wider ones (H, g, G), asked for elsewhere.
 - ``stored``: HxW in pixels that FILE holds positions for, where their number leaves it open.
 - ``resize``: how positions of a ViT in FILE are resized: 2d, 2d-dino or 1d (models/vit.py). By default 2d-dino, as
   DPAL's code and DINOv2 do; 2d for Sapiens, 1d for DPAL's students. PATH's own code has 2d.

@@ -38,7 +38,7 @@ def to_views(batch: Batch, device: torch.device) -> Views:
     if moved.boxes is not None:
         images["crowd"] = _paste_people(images, moved.boxes, moved.partners)
     mean, std = _statistics(device)
-    return Views(**{name: (view - mean) / std for name, view in images.items()}, masked=moved.masked, keys=moved.keys)
+    return Views(**{name: (view - mean) / std for name, view in images.items()}, masked=moved.masked, keys=batch.keys)
 
 
 def change(images: Tensor, looks: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dpal_edge.train.distributed import in_worker, launch
 from dpal_edge.train.panel import Panel, named
 from dpal_edge.train.preview import dry_run
 from dpal_edge.train.run import Summary, run_training
-from dpal_edge.train.setup import read_run_config
+from dpal_edge.train.setup import check_batch, read_run_config
 from dpal_edge.train.sources import open_source
 from dpal_edge.train.trackers import require_trackers
 
@@ -98,15 +98,16 @@ def train(
         say(dry_run(config, run, resume=resume, processes=count, say=say))
         return 0
     if count > 1 and not in_worker():
+        check_batch(config, count)
         return launch(count, arguments)
     with Panel() as panel:
         summary = run_training(config, run, resume=resume, watcher=panel)
     if os.environ.get("RANK", "0") == "0":
-        say(describe(summary, run))
+        say(describe(summary, run, processes))
     return 130 if summary.interrupted else 0
 
 
-def describe(summary: Summary, run: Path) -> str:
+def describe(summary: Summary, run: Path, processes: int | None = None) -> str:
     """Say in a few lines how a run ended and what to do next."""
     lines = []
     if summary.last is not None:
@@ -128,7 +129,8 @@ def describe(summary: Summary, run: Path) -> str:
         )
     lines.append(f"report: {run / 'report.html'}")
     if summary.interrupted:
-        lines.append(f"stopped after update {summary.step}; go on with: dpal-edge train --out {run} --resume")
+        more = f" --processes {processes}" if processes else ""
+        lines.append(f"stopped after update {summary.step}; go on with: dpal-edge train --out {run} --resume{more}")
     else:
         lines.append(f"done: {summary.checkpoint}")
         lines.append(f"next: dpal-edge export {run} --target onnx --out BUNDLE")

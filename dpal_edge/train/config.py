@@ -189,7 +189,7 @@ def read_config(path: Path) -> dict[str, Any]:
             return dict(tomllib.loads(path.read_text(encoding="utf-8")))
         if path.suffix in (".json", ".yaml", ".yml"):
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-            if isinstance(settings, dict):
+            if isinstance(settings, dict) and all(isinstance(name, str) for name in settings):
                 return settings
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as settings ({' '.join(str(error).split())})") from error

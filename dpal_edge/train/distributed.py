@@ -4,7 +4,9 @@ Gradients travel by NCCL between GPUs and by gloo between CPUs. What the loop mu
 the metrics of an interval) travels as host data on a second group, so the device never waits for it.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dpal_edge.errors import ConfigError, DataError
 
 _PATIENCE = timedelta(minutes=30)  # a peer may validate, probe or save for a while
-_GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")  # in what torch raises then
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
@@ -116,6 +119,8 @@ def joined(device: str) -> Iterator[World]:
         ConfigError: as join_world.
         DataError: another process has ended before its time.
     """
+    if in_worker():
+        _end_with_parent()
     world = join_world(device)
     try:
         yield world
@@ -131,11 +136,18 @@ def joined(device: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies, so that none trains on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def launch(processes: int, arguments: list[str]) -> int:
     """Run ``dpal-edge ARGUMENTS`` in ``processes`` processes on this machine; return the exit status.
 
     If one fails, the others are ended; it has then said why on standard error, and one line says what to do.
     """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")  # seconds to validate and save after a signal
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     config = LaunchConfig(
         min_nodes=1,

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,13 @@ from dpal_edge.train.distributed import World
 from dpal_edge.train.method import Method, Values, Views
 from dpal_edge.train.methods import find_method
 
-_NO_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,7 +122,11 @@ def choose_device(config: TrainConfig, world: World, *, earlier: str | None = No
         ) from error
     precision: str = earlier if earlier and config.precision == "auto" else config.precision
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_features().fast_bf16
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else cpu_features().fast_bf16
+        )
         precision = "bf16" if fast else "float32"
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision fp16 needs a CUDA device; on a CPU take --set precision=bf16 or float32")
@@ -151,15 +161,15 @@ def train(state: State, loader: TimedLoader, config: TrainConfig) -> Iterator[tu
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         progress = state.step / config.steps
-        passes = (to_views(batch, state.device) for batch in batches)
+        passes = (_views(batch, state.device) for batch in batches)
         try:
             values = train_step(state, passes, count=len(batches), progress=progress, max_norm=config.clip)
         except RuntimeError as error:
             del passes
             traceback.clear_frames(error.__traceback__)  # they hold what the failed update had allocated
-            if is_out_of_memory(error) and (advice := _what_fits(state, config, loader.batches)):
-                raise ConfigError(advice) from error
-            raise
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(_what_fits(state, config, loader.batches)) from error
         state.step += 1
         update_ema(state.ema, state.method.backbone, ema_decay(state.step, config))
         yield batches, values
@@ -199,14 +209,15 @@ def compute(state: State, views: Views, progress: float, *, share: float = 1.0) 
 @torch.no_grad()
 def targets_of(state: State, views: Views) -> Values:
     """Return what the teachers say of the views, from the cache if it knows all of them."""
-    if state.cache is None or views.keys is None:
+    if state.cache is None:
         return state.method.targets(views)
-    found = state.cache.get(views.keys, state.device)
+    found = state.cache.get(views.keys, state.device) if views.keys is not None else None
     if found is None:
         dtype = DTYPES[state.precision]
         # Rounded as the cache rounds, so that an update does not depend on whether it was the one to fill the cache.
         found = {name: value.to(dtype).float() for name, value in state.method.targets(views).items()}
-        state.cache.put(views.keys, found, dtype)
+        if views.keys is not None:
+            state.cache.put(views.keys, found, dtype)
     return found
 
 
@@ -228,7 +239,7 @@ def validate(state: State, batches: PersonBatches) -> tuple[dict[str, float], di
         for name, backbone in (("backbone", trained), ("ema", state.ema)):
             method.backbone = backbone
             with autocast(state.device, state.precision):
-                totals[name] += method(views, targets, 1.0)["loss"].float()
+                totals[name] += method.forward(views, targets, 1.0)["loss"].float()  # never compiled
         method.backbone = trained
     method.train()
     return {name: total.item() / count for name, total in totals.items()}, skipped
@@ -268,10 +279,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
-def _what_fits(state: State, config: TrainConfig, batches: PersonBatches) -> str | None:
-    """Say how to go on after memory ran out: try ever smaller passes of the same update until one fits; None does."""
-    images, factor = batches.batch, 2
-    while images >= factor and config.batch % (config.accumulate * factor * state.world.size) == 0:
+def _views(batch: Batch, device: torch.device) -> Views:
+    """Return the views of a batch; one with another image in an unreadable one's place must not be kept by its keys."""
+    views = to_views(batch, device)
+    return replace(views, keys=None) if batch.skipped else views
+
+
+def _what_fits(state: State, config: TrainConfig, batches: PersonBatches) -> str:
+    """Say how to go on after memory ran out: try ever smaller passes of the same update until one fits."""
+    images = batches.batch
+    factors = [n for n in range(2, images + 1) if config.batch % (config.accumulate * n * state.world.size) == 0]
+    for factor in factors:
         # Where several processes exchange what they found, one that failed cannot try alone.
         if state.world.size > 1 or _fits(state, batches, images // factor):
             fits = "try" if state.world.size > 1 else "it is enough for"
@@ -279,8 +297,10 @@ def _what_fits(state: State, config: TrainConfig, batches: PersonBatches) -> str
                 f"{state.device} has too little memory for {images} images at a time; {fits} {images // factor}: go on "
                 f"with --resume --set accumulate={config.accumulate * factor}, which keeps the batch of {config.batch}"
             )
-        factor *= 2
-    return None
+    return (
+        f"{state.device} has too little memory for {images} images at a time, and for each equal part of them; take a "
+        f"batch with more divisors, smaller views, or --set decoder_chunk=1"
+    )
 
 
 def _fits(state: State, batches: PersonBatches, images: int) -> bool:

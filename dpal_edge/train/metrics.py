@@ -52,17 +52,13 @@ class Metrics:
         step = self._state.step
         if step % self._config.log_every and step < self._config.steps:
             return None
-        names, rows = _to_host(self._values)
-        updates, seconds = len(rows), self._clock() - self._start
-        wait = (self._loader.waited_s - self._waited) / seconds
-        gathered = self._state.world.gather((rows, self._first_bad(names, rows), wait))
-        if bad := next((found for _, found, _ in gathered if found), None):
-            raise DataError(self._report_bad(bad))
-        means = torch.tensor([row for rows, _, _ in gathered for row in rows], dtype=torch.float64).mean(0)
+        seconds = self._clock() - self._start
+        names, gathered = self.check((self._loader.waited_s - self._waited) / seconds)
+        means = torch.tensor([row for rows, _ in gathered for row in rows], dtype=torch.float64).mean(0)
         record = Record(
             step=step,
-            images_per_s=updates * self._config.batch / seconds,
-            data_wait=max(wait for _, _, wait in gathered),
+            images_per_s=len(self._values) * self._config.batch / seconds,
+            data_wait=max(wait for _, wait in gathered),
             lr=learning_rate(step - 1, self._config),
             values=dict(zip(names, means.tolist(), strict=True)),
         )
@@ -71,6 +67,20 @@ class Metrics:
             self._write(record)
         self._begin()
         return record
+
+    def check(self, wait: float = 0.0) -> tuple[list[str], list[tuple[list[list[float]], float]]]:
+        """Look at the interval so far; return names, and of every process a row for each update and its ``wait``.
+
+        Raises:
+            DataError: a loss is not finite; names the update, the term and the files.
+        """
+        if not self._values:
+            return [], []
+        names, rows = _to_host(self._values)
+        gathered = self._state.world.gather((rows, wait, self._first_bad(names, rows)))
+        if bad := next((found for _, _, found in gathered if found), None):
+            raise DataError(self._report_bad(bad))
+        return names, [(rows, wait) for rows, wait, _ in gathered]
 
     def _begin(self) -> None:
         """Start an interval after the update just done."""

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dpal_edge.files import atomic_path
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
-from dpal_edge.train.augment import to_views
+from dpal_edge.train.augment import resolve_augment, to_views
 from dpal_edge.train.cache import bytes_needed
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import LOCAL_CROPS, MASK_PATCH, PersonBatches
@@ -162,7 +162,7 @@ def advise(estimate: Estimate, config: TrainConfig) -> list[str]:
     e, advice = estimate, []
     if e.memory > _MOST_MEMORY * e.memory_there:
         advice.append(
-            f"memory is tight: --set accumulate={2 * config.accumulate} halves what a pass takes and learns the same"
+            f"memory is tight: --set accumulate={2 * config.accumulate} halves what a pass takes at the same batch"
         )
     if e.wait > _MOST_WAIT:
         wanted = math.ceil(e.batch_s / e.update_s)
@@ -177,7 +177,9 @@ def advise(estimate: Estimate, config: TrainConfig) -> list[str]:
 def write_sheet(path: Path, setup: Setup) -> None:
     """Draw the views of a few people of the first batch as a PNG: a row for each, a column for each kind of view."""
     state, source = setup.state, setup.data.train
-    batches = PersonBatches(source, setup.config, state.method.views, batch=min(_PEOPLE, len(source)))
+    batches = PersonBatches(
+        source, resolve_augment(setup.config, state.device), state.method.views, batch=min(_PEOPLE, len(source))
+    )
     views = to_views(batches[0], state.device)
     columns = [(title, [_fit(image) for image in images]) for title, images in _columns(views, state)]
     names = ["/".join(Path(name).parts[-2:]) for name in batches.names(0)]

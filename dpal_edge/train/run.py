@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dpal_edge.errors import DataError, DpalEdgeError
+from dpal_edge.errors import ConfigError, DataError, DpalEdgeError
 from dpal_edge.files import write_text
 from dpal_edge.models.checkpoint import CHECKPOINTS
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.distributed import Vote, joined
-from dpal_edge.train.loop import train
+from dpal_edge.train.loop import is_out_of_memory, train
 from dpal_edge.train.metrics import Metrics
 from dpal_edge.train.saver import Saver
 from dpal_edge.train.setup import Setup, prepare
@@ -61,18 +61,27 @@ def run_training(config: TrainConfig, run: Path, *, resume: bool = False, watche
     """
     with joined(config.device) as world:
         watcher = (watcher or Watcher()) if world.main else Watcher()
-        setup = prepare(config, run, world, resume=resume)
-        watcher.started(setup.facts())
-        if world.main:
-            _write_start(run, setup)
-        world.wait()
-        return _follow(setup, run, watcher)
+        try:
+            setup = prepare(config, run, world, resume=resume)
+            watcher.started(setup.facts())
+            if world.main:
+                _write_start(run, setup)
+            world.wait()
+            return _follow(setup, run, watcher)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"too little memory outside the updates, for teachers, validation or a probe "
+                f"({str(error).splitlines()[0]}); take a larger accumulate, which makes validation smaller as well"
+            ) from error
 
 
 def _follow(setup: Setup, run: Path, watcher: Watcher) -> Summary:
     """Run the loop to its end or to a stop signal, writing metrics and checkpoints."""
     config, state = setup.config, setup.state
     saver = Saver(run, setup, watcher)
+    saver.probe_when_due()  # if the last session ended between saving and probing
     started, first_step = time.perf_counter(), state.step
     loader = setup.loader(config.steps)
     vote = Vote(state.world)
@@ -87,10 +96,15 @@ def _follow(setup: Setup, run: Path, watcher: Watcher) -> Summary:
                     watcher.stopping()
                     break
                 if state.step < config.steps:
-                    saver.save_when_due()
+                    if saver.due:
+                        metrics.check()
+                        saver.save()
+                    saver.probe_when_due()
+            metrics.check()
             seconds = time.perf_counter() - started - saver.seconds
             checkpoint = saver.save()
-            saver.probe()
+            if state.step == config.steps:  # after a stop signal there may be little time
+                saver.probe()
     except DpalEdgeError:
         with suppress(DataError):  # a full disk must not hide what came first
             saver.finish()

@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dpal_edge.models.students import config_to_dict
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from dpal_edge.probe.validation import probe_backbone
 from dpal_edge.tasks.table import parse_tasks
+from dpal_edge.train.augment import resolve_augment
 from dpal_edge.train.data import PersonBatches
 from dpal_edge.train.loop import State, validate
 from dpal_edge.train.report import write_report
@@ -33,25 +35,29 @@ class Saver:
 
     def __init__(self, run: Path, setup: Setup, watcher: Watcher) -> None:
         self.run, self.config, self.state = run, setup.config, setup.state
-        self.losses: dict[str, float] = {}  # of the last checkpoint's weights on held-out images
+        self.losses = setup.losses  # of the last checkpoint's weights on held-out images
         self.scores: dict[str, float] = {}  # of the last probe
         self.skipped: dict[str, str] = {**setup.data.train.skipped, **setup.data.validation.skipped}
         self.seconds = 0.0  # spent here so far; not part of the training speed
         self._setup, self._watcher = setup, watcher
         self._saved = self.state.step or None  # what a run goes on from was saved; all processes must know alike
-        self._probed = self.state.step
+        self._probed = self.state.world.gather(_last_step(run / "probes.jsonl"))[0]
         size = min(
             self.config.batch // self.config.accumulate // self.state.world.size, len(setup.data.validation.names)
         )
+        config = resolve_augment(self.config, self.state.device)
         self._validation = (
-            PersonBatches(setup.data.validation, self.config, self.state.method.views, batch=size) if size else None
+            PersonBatches(setup.data.validation, config, self.state.method.views, batch=size) if size else None
         )
 
-    def save_when_due(self) -> None:
-        """Save and probe after as many updates as the settings say."""
-        if self.state.step % self.config.save_every == 0:
-            self.save()
-        if self.state.step % self.config.probe_every == 0:
+    @property
+    def due(self) -> bool:
+        """Whether the settings want a checkpoint of this update."""
+        return self.state.step % self.config.save_every == 0
+
+    def probe_when_due(self) -> None:
+        """Probe after as many updates as the settings say."""
+        if self.state.step and self.state.step % self.config.probe_every == 0:
             self.probe()
 
     def save(self) -> Path:
@@ -71,8 +77,11 @@ class Saver:
             if self._validation is not None:
                 self.losses, skipped = validate(state, self._validation)
                 self.skipped.update(skipped)
+            for skipped in state.world.gather(self.skipped):
+                self.skipped |= skipped
             if state.world.main:
                 self._write(path)
+                self._write_skipped()
         except DataError as error:
             raise DataError(f"{error}; {self.fallback()}") from error
         state.world.wait()
@@ -115,15 +124,18 @@ class Saver:
         return f"{older[-1]} is intact, --resume goes on from there" if older else "no earlier checkpoint exists"
 
     def finish(self) -> None:
-        """Write ``skipped.jsonl``, with what earlier sessions of the run skipped, and the report."""
-        if not self.state.world.main:
-            return
+        """Write the report, and what was skipped since the last checkpoint."""
+        if self.state.world.main:
+            self._write_skipped()
+            write_report(self.run)
+
+    def _write_skipped(self) -> None:
+        """Write ``skipped.jsonl``, with what earlier sessions of the run skipped."""
         path = self.run / "skipped.jsonl"
         if self.skipped:
             earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             lines = [json.dumps({"file": file, "reason": reason}) for file, reason in self.skipped.items()]
             write_text(path, "\n".join(sorted({*earlier, *lines})) + "\n")
-        write_report(self.run)
 
     def _write(self, path: Path) -> None:
         write_checkpoint(path, state_tensors(self.state), self._metadata())
@@ -162,6 +174,16 @@ class Saver:
                 "processes": state.world.size,
             },
         }
+
+
+def _last_step(path: Path) -> int | None:
+    """Return the step of the last whole line of a ``.jsonl`` file, None if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    steps = []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):  # a crash may have cut the last one short
+            steps.append(int(json.loads(line)["step"]))
+    return steps[-1] if steps else None
 
 
 def state_tensors(state: State) -> dict[str, Tensor]:

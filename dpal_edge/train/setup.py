@@ -1,5 +1,6 @@
 """A run before its next update: data, teachers, state, and what an earlier session of it left."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Data:
 
     train: ImageSource
     validation: ImageSource
-    digest: str  # of names and order
+    digest: str  # of names and order, those of backgrounds and crowds among them
     count: int
 
 
@@ -47,6 +48,7 @@ class Setup:
     data: Data
     passports: list[dict[str, Any]]
     changes: list[dict[str, Any]]  # settings that a resume changed: step, name, before, after
+    losses: dict[str, float]  # of the restored weights on held-out images; empty at the start
 
     def batches(self, processes: int | None = None) -> PersonBatches:
         """Return this process's part of the batches to train on, among ``processes`` or those there are."""
@@ -96,24 +98,42 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
     Raises:
         ConfigError, DataError, ModelFileError: as run_training.
     """
-    if config.batch % (config.accumulate * world.size):
-        raise ConfigError(
-            f"batch is {config.batch}, expected a multiple of {world.size} processes times "
-            f"accumulate={config.accumulate}"
-        )
+    check_batch(config, world.size)
     saved = _checkpoint_to_resume(run, config) if resume else None
     if saved is None:
         _refuse_used(run)
     require_trackers(config.trackers)
     read_splits(parse_tasks(config.probe), config.probe_images, 0)  # what a probe hours from now will need
-    data = _open_data(config)
+    data = _open_data(config) if world.local_rank == 0 else None
+    world.wait()  # one process of each machine lists the data; the others find what it has indexed
+    data = data or _open_data(config)
     device, precision = choose_device(config, world, earlier=saved.metadata["written"]["precision"] if saved else None)
     teachers = load_teachers(config.teacher, layer=config.teacher_layer, size=config.size)
     state = build_state(config, teachers.to(device), device, precision, world)
     passports = _checked_passports(teachers, data.train, config, device)
     changes = _restore(state, saved, config, passports, data) if saved is not None else []
+    if len(set(world.gather((state.step, data.digest, *(passport["sha256"] for passport in passports))))) > 1:
+        raise ConfigError(
+            f"{run}: the processes do not see the same run, images and teachers; give all machines one shared --out, "
+            f"and the same data and teachers"
+        )
     state.cache = _open_cache(config, state, passports, data)
-    return Setup(config, state, data, passports, changes)
+    losses = saved.metadata["validation"] if saved else {}
+    return Setup(config, state, data, passports, changes, losses)
+
+
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Refuse a batch that ``processes`` cannot share equally.
+
+    Raises:
+        ConfigError: with one near it that they can.
+    """
+    parts = config.accumulate * processes
+    if config.batch % parts:
+        raise ConfigError(
+            f"batch is {config.batch}, expected a multiple of {processes} processes times accumulate="
+            f"{config.accumulate}; for example --set batch={max(config.batch // parts, 1) * parts}"
+        )
 
 
 def read_run_config(run: Path) -> dict[str, Any]:
@@ -142,8 +162,8 @@ def _restore(
     metadata = saved.metadata
     if (first := metadata["images"]) != {"count": data.count, "sha256": data.digest}:
         raise ModelFileError(
-            f"the images have changed since the run began ({first['count']} then, {data.count} now, or other "
-            f"names): put them back, or start a new run"
+            f"the images have changed since the run began ({first['count']} then, {data.count} now, or others of "
+            f"them, or other backgrounds or crowds): put them back, or start a new run"
         )
     for before, now in zip(metadata["teachers"], passports, strict=True):
         if before["sha256"] != now["sha256"]:
@@ -171,8 +191,18 @@ def _restore(
 def _changes(metadata: dict[str, Any], config: TrainConfig, state: State) -> list[dict[str, Any]]:
     """Return by name what differs from the session that wrote ``metadata``."""
     written = metadata["written"]
-    machine = {"processes": state.world.size, "precision used": state.precision, "torch": torch.__version__}
-    earlier = {"processes": written["processes"], "precision used": written["precision"], "torch": written["torch"]}
+    machine = {
+        "processes": state.world.size,
+        "precision used": state.precision,
+        "device used": state.device.type,
+        "torch": torch.__version__,
+    }
+    earlier = {
+        "processes": written["processes"],
+        "precision used": written["precision"],
+        "device used": written["device"].partition(":")[0],
+        "torch": written["torch"],
+    }
     before, after = {**metadata["config"], **earlier}, {**config.to_dict(), **machine}
     return [
         {"step": state.step, "name": name, "before": before.get(name), "after": value}
@@ -184,7 +214,9 @@ def _changes(metadata: dict[str, Any], config: TrainConfig, state: State) -> lis
 def _open_data(config: TrainConfig) -> Data:
     source = open_source(config.data)
     train, validation = split_validation(source, config.validation_images, config.order_seed)
-    return Data(train, validation, source.digest, len(source.names))
+    others = [open_source(specs).digest for specs in (config.backgrounds, config.crowd_data) if specs]
+    digest = hashlib.sha256(" ".join([source.digest, *others]).encode()).hexdigest()
+    return Data(train, validation, digest, len(source.names))
 
 
 def _checked_passports(
@@ -213,7 +245,7 @@ def _open_cache(config: TrainConfig, state: State, passports: list[dict[str, Any
         "held_out": len(data.validation.names),
         "seed": config.order_seed,
         "variants": config.view_variants,
-        "method": f"{config.method} {settings.get('recipe', '')}".strip(),
+        "method": f"{config.method} {settings.get('recipe', '')} {config.student}",  # who asks for what
         "precision": state.precision,
         "device": state.device.type,
         "views": {name: settings[name] for name in views},

@@ -33,10 +33,10 @@ def test_options_are_parsed():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["reid"], "--task reid: expected NAME=DIR"),
-        (["reid="], "--task reid=: expected NAME=DIR"),
+        (["reid"], "task 'reid': expected NAME=DIR"),
+        (["reid="], "task 'reid=': expected NAME=DIR"),
         (["faces=x"], "no task 'faces', expected one of: reid, parsing, pose, attributes"),
-        (["reid=a", "reid=b"], "--task reid=b: reid is given twice"),
+        (["reid=a", "reid=b"], "task 'reid=b': reid is given twice"),
     ],
 )
 def test_wrong_options(texts, message):

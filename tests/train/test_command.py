@@ -109,15 +109,25 @@ def test_epochs_count_the_images_that_are_not_held_out(tmp_path, people, epochs,
 def test_several_processes_run_the_command_once_more(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(command, "launch", lambda *given: calls.append(given) or 7)
-    arguments = ["train", "--teacher", "t.pth", "--data", "crops", "--out", str(tmp_path / "run"), "--processes", "3"]
+    arguments = ["train", "--teacher", "t.pth", "--data", "crops", "--out", str(tmp_path / "run"), "--processes", "4"]
     assert CliRunner().invoke(main, arguments).exit_code == 7
-    assert calls == [(3, arguments)]
+    assert calls == [(4, arguments)]
     assert not (tmp_path / "run").exists()
     # In one of those processes it trains: here it gets as far as the data.
     monkeypatch.setattr(command, "in_worker", lambda: True)
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, len(calls)) == (1, 1)
     assert "crops: does not exist" in result.stderr
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_they_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "launch", lambda *_: pytest.fail("started"))
+    arguments = ["train", "--teacher", "t.pth", "--data", "crops", "--out", str(tmp_path / "run"), "--processes", "3"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "batch is 256, expected a multiple of 3 processes times accumulate=1; for example --set batch=255" in (
+        result.stderr
+    )
 
 
 def test_one_process_for_each_gpu_that_the_settings_allow(monkeypatch):

@@ -169,6 +169,7 @@ def test_toml_yaml_and_json(tmp_path):
         ("a.json", "{", "cannot be read as settings"),
         ("a.yaml", "batch: [8", "cannot be read as settings"),
         ("a.json", "[1, 2]", "expected a .yaml, .toml or .json file of settings by name"),
+        ("a.yaml", "16: 3", "expected a .yaml, .toml or .json file of settings by name"),
         ("a.ini", "batch=8", "expected a .yaml, .toml or .json file of settings by name"),
         ("a.json", b"\xff\xfe", "cannot be read as settings"),
     ],

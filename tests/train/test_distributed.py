@@ -142,6 +142,23 @@ def test_a_signal_stops_both_after_the_same_update(long_run):
     assert "Traceback" not in err
 
 
+def test_a_launcher_that_is_killed_leaves_no_process_behind(long_run):
+    process, *_ = long_run
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_vote_of_one_is_known_at_once():
     vote = Vote(World())
     assert [vote(False), vote(True)] == [False, True]

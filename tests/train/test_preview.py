@@ -61,7 +61,7 @@ def test_lines_by_hand(config):
 def test_what_to_change(config):
     tight = {**ESTIMATE, "memory": 75 * 10**9, "batch_s": 4.0, "cache": 10**12}
     memory, data, disk = advise(Estimate(**tight), config)
-    assert memory == "change    memory is tight: --set accumulate=2 halves what a pass takes and learns the same"
+    assert memory == "change    memory is tight: --set accumulate=2 halves what a pass takes at the same batch"
     assert data.startswith("change    data are too slow: --set workers=8 ")
     assert disk.startswith("change    the disk is too small: lower view_variants or leave teacher_cache out, ")
 

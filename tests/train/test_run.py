@@ -357,6 +357,14 @@ def test_loss_that_is_not_finite_stops_the_run_with_a_checkpoint_intact(settings
     assert list_checkpoints(tmp_path / "run") == [path]
 
 
+def test_loss_that_is_not_finite_is_told_before_a_checkpoint_between_log_lines(settings, tmp_path):
+    fields = {**settings, "steps": 9, "save_every": 3, "log_every": 100, "clip": 0.0, "base_lr": 1e30}
+    with pytest.raises(
+        DataError, match=r"the loss term '\w+' is not finite at update [23], on .*no earlier checkpoint"
+    ):
+        run_training(build_config(fields), tmp_path / "run")
+
+
 def test_device_that_is_not_there(config):
     for device in ("cuda:77", "nonsense"):
         with pytest.raises(ConfigError, match=f"device '{device}' cannot be used .* try --set device=cpu"):
@@ -616,6 +624,30 @@ def test_filling_the_cache_and_reading_it_give_the_same_updates(settings, tmp_pa
             assert line["loss"] == expected["loss"]
 
 
+def test_targets_of_a_substitute_are_not_kept(settings, tmp_path):
+    """An image that is repaired later must not meet what the teacher said of the one in its place."""
+    crops = write_people(tmp_path / "crops", 8)
+    good = (crops / "003.jpg").read_bytes()
+    fields = {**settings, "data": [str(crops)], "batch": 8, "steps": 1, "view_variants": 1, "save_every": 99}
+    run_training(build_config(fields), tmp_path / "truth")
+    fields |= {"teacher_cache": str(tmp_path / "cache")}
+    (crops / "003.jpg").write_bytes(good[: len(good) // 8])
+    run_training(build_config(fields), tmp_path / "broken")
+    (crops / "003.jpg").write_bytes(good)
+    run_training(build_config(fields), tmp_path / "repaired")
+    assert metrics(tmp_path / "broken")[0]["loss"] != metrics(tmp_path / "truth")[0]["loss"]
+    assert metrics(tmp_path / "repaired")[0]["loss"] == metrics(tmp_path / "truth")[0]["loss"]
+
+
+def test_other_backgrounds_are_refused_on_resume(settings, tmp_path):
+    rooms = write_people(tmp_path / "rooms", 3)
+    config = build_config({**settings, "backgrounds": [str(rooms)]})
+    run_training(config, tmp_path / "run", watcher=Recorder(at=1))
+    write_people(rooms, 4)
+    with pytest.raises(ModelFileError, match="or other backgrounds or crowds"):
+        run_training(config, tmp_path / "run", resume=True)
+
+
 def test_a_full_cache_needs_no_teacher(settings, tmp_path, monkeypatch):
     from dpal_edge.train.methods.dpal import Dpal
 
@@ -647,3 +679,39 @@ def test_probes_during_training(settings, tmp_path):
     assert 0 <= summary.probes["reid/mAP"] <= 1
     alone = run_training(build_config(settings), tmp_path / "alone")
     assert_equal_tensors(summary.checkpoint, alone.checkpoint)
+
+
+def test_a_probe_that_was_due_when_the_run_was_killed_is_made_up_for(settings, tmp_path):
+    from tests.tasks.layouts import write_market
+
+    run = tmp_path / "run"
+    fields = {**settings, "probe": [f"reid={write_market(tmp_path / 'market')}"], "probe_every": 2, "probe_images": 8}
+    run_training(build_config(fields), run, watcher=Recorder(at=2))
+    expected = (run / "probes.jsonl").read_text() if (run / "probes.jsonl").exists() else ""
+    assert expected == ""  # a stop signal leaves little time
+    run_training(build_config(fields), run, resume=True)
+    steps = [json.loads(line)["step"] for line in (run / "probes.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+
+
+def test_a_probe_that_fails_does_not_end_the_run(settings, tmp_path):
+    from tests.tasks.layouts import write_market
+
+    market = write_market(tmp_path / "market")
+    fields = {**settings, "probe": [f"reid={market}"], "probe_every": 2, "probe_images": 8}
+
+    class Spoiler(Recorder):
+        warnings = ()
+
+        def started(self, facts):
+            for path in (market / "query").iterdir():
+                path.write_bytes(b"no image")
+
+        def warned(self, text):
+            self.warnings += (text,)
+
+    watcher = Spoiler()
+    summary = run_training(build_config(fields), tmp_path / "run", watcher=watcher)
+    assert summary.step == 4
+    assert summary.probes == {}
+    assert [re.match(r"no probe at update \d: .*query", text) is not None for text in watcher.warnings] == [True, True]
