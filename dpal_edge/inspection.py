@@ -2,6 +2,7 @@
 
 import importlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,16 +44,25 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def as_text(description: dict[str, Any], indent: int = 0) -> str:
-    """Lay a description out for a person: one line per value, nested ones indented."""
+    """Lay a description out for a person: one line per value, nested ones indented, those of a list numbered."""
     width = max((len(str(key)) for key in description), default=0)
     lines = []
-    for key, value in description.items():
+    for key, value in _numbered(description):
         if isinstance(value, dict) and value:
             lines += [f"{' ' * indent}{key}", as_text(value, indent + 2)]
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             lines.append(f"{' ' * indent}{key!s:{width}}  {f'{shown:,}' if type(shown) is int else shown}")
     return "\n".join(lines)
+
+
+def _numbered(description: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield keys and values, each dictionary of a list as a value of its own: ``teachers 1``, ``teachers 2``."""
+    for key, value in description.items():
+        if isinstance(value, (list, tuple)) and value and all(isinstance(item, dict) for item in value):
+            yield from ((f"{key} {number}", item) for number, item in enumerate(value, 1))
+        else:
+            yield key, value
 
 
 def _bundle(path: Path) -> dict[str, Any]:

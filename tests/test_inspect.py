@@ -176,6 +176,14 @@ def test_text():
     )
 
 
+def test_text_of_several_descriptions():
+    teachers = [{"spec": "a.pth", "roles": ["local", "relation"]}, {"spec": "b.pth", "check": {"std": 0.5}}]
+    assert as_text({"step": 7, "teachers": teachers, "others": []}) == (
+        "step      7\nteachers 1\n  spec   a.pth\n  roles  local, relation\n"
+        "teachers 2\n  spec   b.pth\n  check\n    std  0.5\nothers    "
+    )
+
+
 def test_command(run, tmp_path):
     shown = CliRunner().invoke(main, ["inspect", str(run)])
     assert shown.exit_code == 0

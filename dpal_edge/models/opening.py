@@ -23,7 +23,8 @@ from dpal_edge.models.vit import VisionTransformer
 # Tensors that change what a ViT computes; others, such as the heads and decoders of pretraining, do not.
 _COMPUTING = ("blocks.", "patch_embed.", "norm_pre.", "reg", "storage_tokens", "cls_token_pos_embed", "rope")
 LEAST_MATCH = 0.95  # a teacher with fewer of its tensors found is refused: it would train a student on noise
-_NEEDED = ("blocks.", "stages.", "patch_embed.", "pos_embed")  # each of these is random until it is found
+# Tensors that begin as random numbers; others, such as norms, begin as nothing.
+_NEEDED = ("blocks.", "stages.", "patch_embed.", "pos_embed", "cls_token", "reg_token")
 _BLOCK = re.compile(r"(stages\.\d+\.)?blocks\.\d+\.")
 _SIXTEEN_HEADS = (1152, 1280, 1408, 1664, 1792)  # widths of published ViTs (So400m, H, g, G, E) that have 16 heads
 
@@ -94,7 +95,7 @@ def _usual_heads(spec: TeacherSpec, width: int) -> int:
     """Return the attention heads that published ViTs of this width have."""
     if width in _SIXTEEN_HEADS:
         return 16
-    if width > 1024:
+    if width > 1024 or (width > 64 and width % 64):
         raise ConfigError(
             f"teacher {spec.text!r}: tokens of {width} channels leave the number of attention heads open; give it, as "
             f"in {spec.file}?heads={max(width // 64, 1)}"
@@ -226,8 +227,8 @@ def _refuse_unknown(encoder: Encoder, state: dict[str, Tensor], path: Path) -> N
     wanted = network.state_dict()
     if unknown := [key for key in state if key.startswith(_COMPUTING) and key not in wanted]:
         raise ModelFileError(
-            f"{path}: {what} has no {_few(unknown)}, so its features would be wrong; for another "
-            f"architecture use timm:NAME@{path}"
+            f"{path}: {what} has no {_few(unknown)}, so its features would be wrong; for another architecture use "
+            f"timm:NAME@{path}"
         )
 
 

@@ -40,10 +40,10 @@ def parse_tasks(texts: Iterable[str]) -> dict[str, Path]:
     for text in texts:
         name, _, folder = text.partition("=")
         if not folder:
-            raise ConfigError(f"task {text}: expected NAME=DIR, for example reid=data/market1501")
+            raise ConfigError(f"task {text!r}: expected NAME=DIR, for example reid=data/market1501")
         if name not in TASKS:
-            raise ConfigError(f"task {text}: no task {name!r}, expected one of: {', '.join(TASKS)}")
+            raise ConfigError(f"task {text!r}: no task {name!r}, expected one of: {', '.join(TASKS)}")
         if name in folders:
-            raise ConfigError(f"task {text}: {name} is given twice; give one folder per task")
+            raise ConfigError(f"task {text!r}: {name} is given twice; give one folder per task")
         folders[name] = Path(folder)
     return folders

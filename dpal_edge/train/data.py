@@ -29,8 +29,9 @@ LOCAL_CROPS = 2
 MASK_PATCH = 16  # pixels; side of the patches that ``masked`` hides
 MASK_SHARE = 0.5
 _PASTED = 2  # people in a crowd
-# What Pillow raises on damaged files, besides errors of the file system.
-_UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, DataError)
+# What Pillow raises on damaged files, besides errors of the file system: of TIFFs also TypeError, where a field has
+# another type than is expected, and OverflowError, where it holds a number too large.
+_UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError, DataError)
 # What undoes each EXIF orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

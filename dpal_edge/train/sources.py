@@ -33,9 +33,10 @@ _THREADS = 16  # shards scanned at the same time
 _BLOCK = 512  # bytes; a tar ends with blocks of zeros
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _WHOLE = -1  # start of a span that is a whole file
+_UNKNOWN = -1  # size of a whole file that cannot be told, or only by a request for it alone
 
 Indices = NDArray[np.int64]
-Span = tuple[str, int, int]  # file or URL, first byte or _WHOLE, bytes
+Span = tuple[str, int, int]  # file or URL, first byte or _WHOLE, bytes or _UNKNOWN
 T = TypeVar("T")
 
 
@@ -46,7 +47,9 @@ class ImageSource:
         self.names: Sequence[str] = _Names(table, rows)  # files or URLs; of a shard's members, shard::member
         self.ignored = ignored  # files of the folders that are no images by their suffix; members of shards not counted
         self.skipped = skipped  # shards that could not be used, or only in part, and why
-        self.digest = table.digest  # SHA-256 of all names, and where members lie; of the whole source in a subset too
+        # SHA-256 of all names and sizes, and where members lie; of the whole source in a subset too. An image replaced
+        # by one of the same size goes unnoticed; of single URLs, and where a store lists no sizes, names alone count.
+        self.digest = table.digest
         self._table, self._rows = table, rows
 
     def __len__(self) -> int:
@@ -102,7 +105,7 @@ class _Table:
 
     packed: bytes  # all names, one after the other
     ends: Indices  # (n,) where each name ends
-    spans: Indices  # (n, 3): shard or -1, first byte or _WHOLE, bytes
+    spans: Indices  # (n, 3): shard or -1, first byte or _WHOLE, bytes or _UNKNOWN
     shards: tuple[str, ...]
     digest: str
 
@@ -144,10 +147,10 @@ class _Listing:
     ignored: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def add_files(self, names: Iterable[str]) -> None:
-        for name in names:
+    def add_files(self, sizes: Iterable[tuple[str, int]]) -> None:
+        for name, size in sizes:
             self.names.append(name)
-            self.spans.append((-1, _WHOLE, 0))
+            self.spans.append((-1, _WHOLE, size))
 
     def add_shard(self, shard: str, index: "_Index") -> None:
         for name, start, size in index.members:
@@ -196,14 +199,14 @@ def _add(listing: _Listing, spec: str, pool: ThreadPoolExecutor) -> None:
 def _add_folder(listing: _Listing, path: str, pool: ThreadPoolExecutor) -> None:
     """Add the images below a folder, or the one image that ``path`` is."""
     if _suffix(path) in IMAGE_SUFFIXES and (_is_url(path) or Path(path).is_file()):
-        listing.add_files([path])
+        listing.add_files([(path, _UNKNOWN if _is_url(path) else _size(Path(path)))])
     elif _is_url(path):
         files = _ask(pool, path, _find_remote, path)
-        listing.add_files(file for file in files if _suffix(file) in IMAGE_SUFFIXES)
-        listing.ignored += [file for file in files if _suffix(file) not in IMAGE_SUFFIXES]
+        listing.add_files((file, size) for file, size in files if _suffix(file) in IMAGE_SUFFIXES)
+        listing.ignored += [file for file, _ in files if _suffix(file) not in IMAGE_SUFFIXES]
     else:
         found = find_images((path,))
-        listing.add_files(map(str, found.paths))
+        listing.add_files((str(file), _size(file)) for file in found.paths)
         listing.ignored += map(str, found.ignored)
 
 
@@ -230,12 +233,22 @@ def _list_remote(spec: str) -> list[str]:
     return urls
 
 
-def _find_remote(url: str) -> list[str]:
-    """Return all files below ``url``, sorted."""
+def _size(path: Path) -> int:
+    """Return the bytes of a file on this machine; of 100,000 in half a second, a quarter of what listing them takes."""
+    try:
+        return path.stat().st_size
+    except OSError:  # reading it will say why
+        return _UNKNOWN
+
+
+def _find_remote(url: str) -> list[tuple[str, int]]:
+    """Return all files below ``url`` with their sizes in bytes, sorted."""
     from fsspec.core import url_to_fs
 
     store, path = url_to_fs(url)
-    return [store.unstrip_protocol(name) for name in sorted(store.find(path))]
+    found = store.find(path, detail=True)
+    sizes = {name: facts.get("size") for name, facts in found.items()}
+    return [(store.unstrip_protocol(name), _UNKNOWN if sizes[name] is None else sizes[name]) for name in sorted(sizes)]
 
 
 def _ask(pool: ThreadPoolExecutor, spec: str, function: Callable[..., T], *arguments: Any) -> T:

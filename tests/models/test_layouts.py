@@ -189,8 +189,13 @@ def test_dpal_students_have_6_and_12_heads_and_positions_resized_in_one_row(tmp_
     assert teacher.passport.licence.startswith("apache-2.0")
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(teacher(images), vit(images))
+    assert (teacher.passport.heads, teacher.passport.resize) == ("6+12", "1d")
+    assert ("by its 129 positions alone; if it is another ViT of 256x128, give heads=3&resize=2d" in
+            teacher.passport.note) == (mark == "rows")  # fmt: skip
     plain = load_teacher(f"{tmp_path / 'student.pth'}?heads=3&resize=2d")
     assert not torch.allclose(plain(images), vit(images))
+    assert plain.passport.licence.startswith("unknown" if mark == "rows" else "apache-2.0")
+    assert (plain.passport.heads, plain.passport.resize) == ("3", "2d")
 
 
 def test_a_plain_vit_has_no_known_licence(tmp_path):
@@ -274,6 +279,14 @@ def test_a_grid_that_is_open_is_asked_for(rows, stored, message):
     state = {**vit_state(), "pos_embed": torch.zeros(1, rows + 1, 64)}
     with pytest.raises(ModelFileError, match=message):
         recognise(state, parse_spec(f"a.pth{stored}"))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1024, None), (1280, None), (1536, (24, 24)), (1920, (32, 32))])
+def test_heads_of_sapiens(width, heads):
+    with torch.device("meta"):
+        state = {"layers.0.ln1.weight": torch.ones(width), "pos_embed": torch.ones(1, 4096, width),
+                 "patch_embed.projection.weight": torch.ones(width, 3, 16, 16)}  # fmt: skip
+    assert recognise(state, parse_spec("a.pth")).heads == heads
 
 
 def test_a_class_token_without_a_position_is_not_used():

@@ -226,6 +226,18 @@ def test_without_a_class_token_the_mean_of_the_patches_is_the_global_token(tmp_p
 
 
 @torch.no_grad()
+def test_a_norm_after_pooling_is_applied_to_every_token(tmp_path):
+    model = save_timm(tmp_path / "t.safetensors", "test_vit2")
+    torch.nn.init.normal_(model.fc_norm.weight)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "t.safetensors")
+    teacher = load_teacher(f"timm:test_vit2@{tmp_path / 't.safetensors'}?norm=imagenet")
+    assert isinstance(model.norm, torch.nn.Identity)
+    _, normalised = pixels()
+    expected = model.fc_norm(model.forward_features(normalised))[:, model.num_prefix_tokens :]
+    torch.testing.assert_close(teacher(normalised)[:, 1:], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_global_target_by_option(tmp_path):
     vit = save_vit(tmp_path / "t.safetensors")
     spec = f"{tmp_path / 't.safetensors'}{STORED}"
@@ -467,6 +479,26 @@ def test_heads_are_a_64th_of_the_width_unless_given(tmp_path):
     assert (load_teacher(mixed).heads, load_teacher(mixed, layer=1).heads) == (8, 4)
     with pytest.raises(ConfigError, match=r"teacher heads 3: .* tokens of 128 channels, expected a divisor"):
         load_teacher(f"{spec}&heads=3")
+    passport = load_teacher(f"{spec}&resize=2d").passport
+    assert (passport.heads, passport.resize, passport.missing) == ("2", "2d", ())
+    assert load_teacher(mixed).passport.heads == "4+8"
+
+
+@pytest.mark.parametrize("width", [1280, 1408])
+def test_wide_published_vits_have_16_heads(tmp_path, width):
+    save_vit(tmp_path / "t.safetensors", width=width, depth=1, mlp_ratio=0.1)
+    assert load_teacher(f"{tmp_path / 't.safetensors'}{STORED}").heads == 16
+
+
+@pytest.mark.parametrize("width", [96, 1088, 1536])
+def test_heads_that_the_width_leaves_open_are_asked_for(tmp_path, width):
+    save_vit(tmp_path / "t.safetensors", width=width, depth=1, mlp_ratio=0.25)
+    spec = f"{tmp_path / 't.safetensors'}{STORED}"
+    with pytest.raises(
+        ConfigError, match=rf"tokens of {width} channels leave .* heads open; give it, as in .*\?heads="
+    ):
+        load_teacher(spec)
+    assert load_teacher(f"{spec}&heads=2").heads == 2
 
 
 @pytest.mark.parametrize("layer", [0, 4, -1])
@@ -486,6 +518,39 @@ def test_few_matching_keys_are_refused(tmp_path):
     safetensors.torch.save_file({k: v for k, v in state.items() if "blocks.1" not in k}, path)
     with pytest.raises(ModelFileError, match="expected at least 95 %"):
         load_teacher(str(path))
+
+
+@pytest.mark.parametrize("key", ["patch_embed.proj.bias", "cls_token", "blocks.4.attn.qkv.weight"])
+def test_a_single_random_tensor_is_refused(tmp_path, key):
+    path = tmp_path / "t.safetensors"
+    state = save_timm(path).state_dict()
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != key}, path)
+    with pytest.raises(ModelFileError, match=rf"lacks {key}, which the tokens of block 6 need; .* the whole file"):
+        load_teacher(f"timm:{TIMM}@{path}")
+
+
+def test_a_block_that_is_missing_is_refused_unless_it_lies_above_the_aligned_one(tmp_path):
+    path = tmp_path / "t.safetensors"
+    state = save_vit(path, depth=24, width=64, mlp_ratio=1.0).state_dict()
+    for gone in ("blocks.5.", "blocks.22."):
+        safetensors.torch.save_file({k: v for k, v in state.items() if not k.startswith(gone)}, path)
+        with pytest.raises(
+            ModelFileError, match=rf"lacks {gone}norm1.weight, .* \.\.\., which the tokens of block 24 need"
+        ):
+            load_teacher(f"{path}{STORED}")
+    passport = load_teacher(f"{path}{STORED}&layer=22").passport
+    assert passport.keys_matched == pytest.approx(1 - 12 / len(state))
+    assert passport.missing[0] == "blocks.22.norm1.weight"
+    assert passport.missing[8:] == ("and 4 more",)
+
+
+def test_a_norm_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "t.safetensors"
+    state = save_timm(path).state_dict()
+    safetensors.torch.save_file({k: v for k, v in state.items() if not k.startswith("norm.")}, path)
+    passport = load_teacher(f"timm:{TIMM}@{path}").passport
+    assert passport.missing == ("norm.weight", "norm.bias")
+    assert passport.keys_matched == pytest.approx(76 / 78)
 
 
 def test_weights_of_another_width_are_refused_and_positions_of_another_size_are_resized(tmp_path):
@@ -519,6 +584,8 @@ def test_unknown_teachers_are_refused(tmp_path):
     for name in ("resnet18", "swin_tiny_patch4_window7_224", "vit_tiny_r_s16_p8_224"):
         with pytest.raises(ConfigError, match=f"{name} is not a ViT"):
             load_teacher(f"timm:{name}@somewhere.pth")
+    with pytest.raises(ConfigError, match=r"vit_pe_spatial_tiny_patch16_512 has no final norm, .* choose a model with"):
+        load_teacher("timm:vit_pe_spatial_tiny_patch16_512@somewhere.pth")
     with pytest.raises(ModelFileError, match=r"none\.pth: no such file"):
         load_teacher(f"timm:{TIMM}@{tmp_path / 'none.pth'}")
     with pytest.raises(ModelFileError, match=r"none\.pth: no such file"):

@@ -35,19 +35,20 @@ def main() -> None:
 
 
 def at_random(run: Path, settings: dict, wanted: int, seed: int) -> list[dict]:
-    """Kill ``wanted`` trainers after random times, spread over the run's updates; then let one finish."""
+    """Kill ``wanted`` trainers after random times, none later than its share of the updates; then let one finish."""
     rng = random.Random(seed)
     kills: list[dict] = []
     longest = 2.0
     while len(kills) < wanted:
         child = fork(run, settings)
-        time.sleep(rng.uniform(0, longest))
+        end, share = time.monotonic() + rng.uniform(0, longest), settings["steps"] * (len(kills) + 1) // (wanted + 1)
+        while time.monotonic() < end and newest_step(run) < share:
+            time.sleep(0.003)
         os.kill(child, signal.SIGKILL)
         if not died(child):
             return kills  # it was done before: too few kills for the test
         kills.append(describe(run))
-        ahead = kills[-1]["step"] / settings["steps"] - len(kills) / (wanted + 1)
-        longest *= 0.8 if ahead > 0 else 1.25
+        longest *= 0.8 if kills[-1]["step"] >= share else 1.25
     finish(run, settings)
     return kills
 
@@ -105,11 +106,12 @@ def finish(run: Path, settings: dict) -> None:
 
 
 def describe(run: Path) -> dict:
+    return {"step": newest_step(run), "half_written": bool(list(run.glob("**/.*.partial*")))}
+
+
+def newest_step(run: Path) -> int:
     checkpoints = list_checkpoints(run)
-    return {
-        "step": int(checkpoints[-1].stem.partition("-")[2]) if checkpoints else 0,
-        "half_written": bool(list(run.glob("**/.*.partial*"))),
-    }
+    return int(checkpoints[-1].stem.partition("-")[2]) if checkpoints else 0
 
 
 if __name__ == "__main__":

@@ -266,6 +266,18 @@ def test_unreadable_file_is_skipped_named_and_substituted(tmp_path, kind):
     assert equal(joined([halves[0], halves[1], halves[2]]), batch)
 
 
+def test_a_field_of_another_type_is_damage(tmp_path):
+    folder = write_people(tmp_path / "crops", 3)
+    Image.new("RGB", (8, 8)).save(folder / "x.tif")
+    content = (folder / "x.tif").read_bytes()
+    offsets, number, text = (273).to_bytes(2, "little"), (4).to_bytes(2, "little"), (2).to_bytes(2, "little")
+    assert content.count(offsets + number) == 1  # the field that says where the pixels lie
+    (folder / "x.tif").write_bytes(content.replace(offsets + number, offsets + text))
+    [(path, reason)] = batches(folder, batch=4)[0].skipped
+    assert path == str(folder / "x.tif")
+    assert reason.startswith("TypeError: 'str' object")
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # a person sees it once; the file is then skipped or used
 def test_random_damage_never_stops_a_run(tmp_path):

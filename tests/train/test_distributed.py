@@ -147,7 +147,7 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(long_run):
     workers = children(process.pid)
     assert len(workers) >= 2
     process.kill()
-    process.wait()
+    process.communicate(timeout=60)  # ends when nothing holds its standard error any more
     deadline = time.monotonic() + 30
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < deadline

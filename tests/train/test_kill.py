@@ -40,7 +40,7 @@ def assert_as_if_left_in_peace(run, fields, peaceful):
 
 
 def test_killed_at_thirty_random_moments(tmp_path, fields):
-    run, fields = tmp_path / "run", {**fields, "steps": 40}
+    run, fields = tmp_path / "run", {**fields, "steps": 31}
     kills = kill(run, fields, 30, 0)
     assert len(kills) == 30
     assert len({shot["step"] for shot in kills}) > 5  # it got on between them

@@ -184,9 +184,26 @@ def test_the_digest_tells_other_images(crops, shards, tmp_path):
     assert (open_source((str(crops),)).digest, open_source((tar,)).digest) == (folder, shard)
     (crops / "003.jpg").rename(crops / "0030.jpg")
     assert open_source((str(crops),)).digest != folder
+    (crops / "0030.jpg").rename(crops / "003.jpg")
     draw_person(crops / "001.jpg", seed=9, size=(48, 24))
+    assert open_source((str(crops),)).digest != folder  # the same names, but another size
     write_shards(shards, crops)
-    assert open_source((tar,)).digest != shard  # the same names, but another size
+    assert open_source((tar,)).digest != shard
+
+
+def test_the_digest_tells_other_images_on_a_store(memory, crops):
+    upload(memory, crops, "/crops")
+    first = open_source(("memory://crops",)).digest
+    assert open_source(("memory://crops",)).digest == first
+    memory.pipe("/crops/001.jpg", b"another size")
+    assert open_source(("memory://crops",)).digest != first
+
+
+def test_a_file_without_a_size_is_still_listed(crops):
+    (crops / "gone.jpg").symlink_to("nowhere.jpg")
+    source = open_source((str(crops),))
+    assert len(source) == 7
+    assert str(source.read([6])[0]).startswith("FileNotFoundError: ")
 
 
 def test_a_shard_is_scanned_once(crops, shards, cache):
