@@ -178,7 +178,7 @@ class Attention(nn.Module):
 def mix_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention of q (B, heads, M, d) over k and v (B, heads, N, d): (B, heads, M, d).
 
-    Fused, except in bf16 on a CPU: there torch's fused kernel runs backward 2 to 20 times slower than three plain
+    Fused, except in bf16 on a CPU: there torch's fused kernel runs backward several times slower than three plain
     operations at the sizes of these models (bench/attention.py).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
