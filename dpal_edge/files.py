@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,15 @@ def append_lines(path: Path, documents: list[dict[str, Any]]) -> None:
     """Append JSON ``documents`` to ``path``, one a line; a crash can cut only the last one short."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(f"{json.dumps(document)}\n" for document in documents))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON documents of ``path``, one a line, without lines that a crash cut short; none if it is missing."""
+    documents = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            documents.append(json.loads(line))
+    return [document for document in documents if isinstance(document, dict)]
 
 
 def sha256_of(path: Path) -> str:

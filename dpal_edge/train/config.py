@@ -37,7 +37,7 @@ class TrainConfig:
     options: Any = None  # the settings of the method alone, an instance of its ``options`` class
 
     # What is distilled from what
-    teacher: tuple[str, ...] = ()  # SOURCE[?key=value&...] each; models/teacher.py tells the keys
+    teacher: tuple[str, ...] = ()  # SOURCE[?key=value&...] each; models/teacher_spec.py tells the keys
     teacher_layer: int | None = None  # block to align, 1 to depth; None is the last
     data: tuple[str, ...] = ()  # folders of person crops, searched recursively, or .tar shards; paths or fsspec URLs
     student: str = "vit_tiny"

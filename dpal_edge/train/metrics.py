@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ class Metrics:
         self._path = saver.run / "metrics.jsonl"
         self._trackers = None
         if self._state.world.main:
-            for name in ("metrics.jsonl", "validation.jsonl", "probes.jsonl"):
-                _drop_after(saver.run / name, self._state.step)
             self._trackers = open_trackers(
                 self._config.trackers, saver.run, self._config.to_dict(), after_step=self._state.step
             )
@@ -139,18 +136,3 @@ def _to_host(values: list[Values]) -> tuple[list[str], list[list[float]]]:
     ]
     rows = torch.stack([torch.cat([value.float().flatten() for value in update.values()]) for update in values])
     return names, rows.tolist()
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Drop the lines of updates after ``step``, from which training goes on, and one that a crash cut short."""
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    """Return the step of a line of ``metrics.jsonl``; of one cut short by a crash, infinity, so that it is dropped."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

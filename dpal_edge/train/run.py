@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from dpal_edge.errors import ConfigError, DataError, DpalEdgeError
-from dpal_edge.files import write_text
+from dpal_edge.files import read_lines, write_text
 from dpal_edge.models.checkpoint import CHECKPOINTS
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.distributed import Vote, joined
@@ -133,6 +133,12 @@ def _write_start(run: Path, setup: Setup) -> None:
             partial.unlink(missing_ok=True)
     write_text(run / "config.json", json.dumps(setup.config.to_dict(), indent=2) + "\n")
     write_text(run / "teachers.json", json.dumps(setup.passports, indent=2) + "\n")
+    for name in ("metrics.jsonl", "validation.jsonl", "probes.jsonl"):  # drop what is to be done again
+        lines = read_lines(run / name)
+        if kept := [line for line in lines if line["step"] <= setup.state.step]:
+            write_text(run / name, "".join(f"{json.dumps(line)}\n" for line in kept))
+        else:
+            (run / name).unlink(missing_ok=True)
     if setup.changes:
         write_text(run / "changes.jsonl", "".join(json.dumps(change) + "\n" for change in setup.changes))
 

@@ -3,7 +3,6 @@
 import json
 import platform
 import time
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dpal_edge import __version__
 from dpal_edge.errors import DataError, DpalEdgeError
-from dpal_edge.files import append_lines, write_text
+from dpal_edge.files import append_lines, read_lines, write_text
 from dpal_edge.models.checkpoint import CHECKPOINTS, list_checkpoints, write_checkpoint
 from dpal_edge.models.students import config_to_dict
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -41,7 +40,8 @@ class Saver:
         self.seconds = 0.0  # spent here so far; not part of the training speed
         self._setup, self._watcher = setup, watcher
         self._saved = self.state.step or None  # what a run goes on from was saved; all processes must know alike
-        self._probed = self.state.world.gather(_last_step(run / "probes.jsonl"))[0]
+        probes = [line["step"] for line in read_lines(run / "probes.jsonl")]
+        self._probed = self.state.world.gather(probes[-1] if probes else None)[0]
         size = min(
             self.config.batch // self.config.accumulate // self.state.world.size, len(setup.data.validation.names)
         )
@@ -174,16 +174,6 @@ class Saver:
                 "processes": state.world.size,
             },
         }
-
-
-def _last_step(path: Path) -> int | None:
-    """Return the step of the last whole line of a ``.jsonl`` file, None if there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    steps = []
-    for line in lines:
-        with suppress(ValueError, KeyError, TypeError):  # a crash may have cut the last one short
-            steps.append(int(json.loads(line)["step"]))
-    return steps[-1] if steps else None
 
 
 def state_tensors(state: State) -> dict[str, Tensor]:

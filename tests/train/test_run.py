@@ -694,6 +694,19 @@ def test_a_probe_that_was_due_when_the_run_was_killed_is_made_up_for(settings, t
     assert steps == [2, 4]
 
 
+def test_a_probe_after_the_last_checkpoint_is_made_again(settings, tmp_path):
+    from tests.tasks.layouts import write_market
+
+    run = tmp_path / "run"
+    tasks = {"probe": [f"reid={write_market(tmp_path / 'market')}"], "probe_every": 3, "probe_images": 8}
+    run_training(build_config({**settings, **tasks}), run, watcher=Recorder(at=2))
+    (run / "probes.jsonl").write_text('{"step": 3, "reid/mAP": 9.0}\n')  # of updates that a crash undid
+    run_training(build_config({**settings, **tasks}), run, resume=True)
+    lines = [json.loads(line) for line in (run / "probes.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]
+    assert lines[0]["reid/mAP"] <= 1
+
+
 def test_a_probe_that_fails_does_not_end_the_run(settings, tmp_path):
     from tests.tasks.layouts import write_market
 
