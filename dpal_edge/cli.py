@@ -52,6 +52,11 @@ METHODS = ("dpal", "proteus", "tinymim")
 RECIPES = ("paper", "attn")
 PRESETS = ("default", "published")
 
+FINETUNE_PRESETS = (
+    "market1501", "msmt17", "cuhk03", "coco", "aic", "mpii", "crowdpose", "humanart", "pa100k", "rapv2", "peta", "lip",
+    "cihp", "atr", "crowdhuman", "citypersons", "short", "short-detector",
+)  # fmt: skip
+
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
 
 
@@ -106,6 +111,65 @@ def train(arguments: list[str], /, run: Path, resume: bool, dry: bool, processes
     command = _load("dpal_edge.train.command", "train")
     config = command.resolve(run, resume=resume, **options)
     sys.exit(command.train(config, run, resume=resume, dry=dry, processes=processes, arguments=arguments, say=_say))
+
+
+@main.command()
+@click.option(
+    "--init", metavar="CHECKPOINT", help="What to start from: a checkpoint, run folder, weights, or random:vit_tiny."
+)
+@click.option(
+    "--task",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Task and its data; several share one backbone. Tasks: pose, parsing, attributes, reid, detection.",
+)
+@click.option("--out", "run", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
+@click.option("--preset", type=click.Choice(FINETUNE_PRESETS), help="Settings to start from: a data set's, or short.")
+@click.option("--freeze-backbone", is_flag=True, help="Train the heads alone.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Settings as .yaml, .toml or .json, as a run's config.json.",
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, for example batch=64.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer updates.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+def finetune(run: Path, resume: bool, **options: Any) -> None:
+    """Train heads for one or several human tasks on one backbone, which learns with them unless it is frozen."""
+    command = _load("dpal_edge.finetune.command", "train")
+    config = command.resolve(run, resume=resume, **options)
+    sys.exit(command.finetune(config, run, resume=resume, say=_say))
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Task and its data, of which the evaluation part is enough; may be given several times.",
+)
+@click.option("--flip", is_flag=True, help="Average outputs with those for mirrored images.")
+@click.option("--engine", metavar="NAME", help="Engine for a bundle; by default the first installed that reads it.")
+@click.option(
+    "--target", metavar="NAME", help="Artifact of a bundle, for example onnx; by default the first that can run here."
+)
+@click.option("--weights", type=click.Choice(["best", "backbone", "ema"]), help="Of a checkpoint; by default best.")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bf16", "fp16"]), help="Of a checkpoint: float32 by default."
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Images of each split; by default all.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
+@click.option("--seed", default=0, show_default=True, help="Of the images that --limit draws.")
+@_json_option
+def evaluate(model: str, as_json: bool, **options: Any) -> None:
+    """Score the heads of MODEL: a checkpoint, run folder or bundle (which needs no torch)."""
+    command = _load("dpal_edge.evaluate.command", "evaluate")
+    result = command.evaluate(model, progress=_progress, **options)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.as_text())
 
 
 @main.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpal_edge.errors import BackendUnavailable, DataError, ModelFileError
 from dpal_edge.files import sha256_of
-from dpal_edge.manifest import MANIFEST_NAME, Manifest
+from dpal_edge.manifest import HeadSpec, Manifest, manifest_path
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin")
 _CHECKPOINTS = "checkpoints"
@@ -27,7 +27,7 @@ def describe(path: Path) -> dict[str, Any]:
         ModelFileError: it is damaged.
         BackendUnavailable: reading it needs a package that is not installed.
     """
-    if path.is_dir() and (path / MANIFEST_NAME).exists():
+    if manifest_path(path).exists():
         return _bundle(path)
     if (path / _CHECKPOINTS).is_dir():
         return {"kind": "run folder", **_weights(_models("checkpoint").read_newest(path)[0])}
@@ -67,16 +67,19 @@ def _numbered(description: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _bundle(path: Path) -> dict[str, Any]:
     manifest = Manifest.read(path)
-    for spec in (manifest.golden, *(artifact.file for artifact in manifest.artifacts)):
-        manifest.file(path, spec)
+    manifest.file(path, manifest.golden)
+    for artifact in manifest.artifacts:
+        manifest.open_artifact(path, artifact)
     rows, columns = manifest.input.size
     artifacts = {
         artifact.target: {
             "file": artifact.file.file,
             "bytes": artifact.file.bytes,
+            **({"weights in": [spec.file for spec in artifact.data]} if artifact.data else {}),
             "precision": artifact.precision,
-            "largest error": f"{artifact.parity.max_rel_error:.1e} of the largest output, on {artifact.parity.images} "
-            f"crops with {artifact.parity.backend}",
+            "largest error": f"{artifact.parity.max_rel_error:.1e} of the largest output"
+            f"{artifact.parity.head and f' ({artifact.parity.head})'}, on {artifact.parity.images} "
+            f"images with {artifact.parity.backend}",
         }
         for artifact in manifest.artifacts
     }
@@ -84,12 +87,17 @@ def _bundle(path: Path) -> dict[str, Any]:
         "kind": "bundle, all files intact",
         "model": manifest.model,
         "input": f"{manifest.input.name}: uint8 RGB (B, {rows}, {columns}, 3)",
-        "outputs": {head.name: f"{head.task} {head.shape}" for head in manifest.heads},
+        "outputs": {head.name: _head(head) for head in manifest.heads},
         "artifacts": artifacts,
         "parameters": manifest.stripped.parameters_after,
         "stripped": manifest.stripped.removed,
         "provenance": manifest.provenance,
     }
+
+
+def _head(head: HeadSpec) -> str:
+    labels = f", labels: {', '.join(head.labels)}" if head.labels else ""
+    return f"{head.task} {f'({head.kind}) ' if head.kind else ''}{head.shape}{labels}"
 
 
 def _weights(path: Path) -> dict[str, Any]:

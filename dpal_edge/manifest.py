@@ -21,7 +21,11 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """The one input of every artifact: uint8 RGB crops of shape (B, height, width, 3); nothing to normalise outside."""
+    """The one input of every artifact: uint8 RGB images (B, height, width, 3); nothing to normalise outside.
+
+    They are crops of people, resized to this size, except for a detector: it takes whole frames, reduced or enlarged
+    without changing their shape, in the top left corner, and grey (114) where they leave the rest.
+    """
 
     name: str
     size: tuple[int, int]  # height, width in pixels
@@ -34,9 +38,10 @@ class HeadSpec:
     """One output of the graph."""
 
     name: str  # of the output tensor
-    task: str  # "embedding" here; later pose, parsing, reid, attributes, detection
+    task: str  # embedding, pose, parsing, attributes or detection
     shape: tuple[int, ...]  # without the batch axis
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # joints, classes or attributes, in the order of the outputs
+    kind: str = ""  # of the head, where decoding depends on it, for example "simcc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +64,11 @@ class Parity:
 
     backend: str  # name and version of what ran the file
     images: int
-    max_abs_error: float  # over all outputs
-    max_rel_error: float  # max_abs_error over the largest absolute reference value
-    min_cosine: float  # over images and outputs
+    max_abs_error: float  # of the head that differs most
+    max_rel_error: float  # max_abs_error over the largest absolute reference value of the same head
+    min_cosine: float  # over images and heads
     tolerance: float  # on max_rel_error
+    head: str = ""  # the one that differs most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,7 @@ class Artifact:
     precision: str  # for example "float32"
     file: FileSpec
     parity: Parity
+    data: tuple[FileSpec, ...] = ()  # files that ``file`` reads its weights from, where it does not hold them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,24 +105,27 @@ class Manifest:
     schema: int = SCHEMA
 
     def write(self, bundle: Path) -> Path:
-        """Write ``manifest.json`` into ``bundle``, atomically, and return its path."""
-        path = bundle / MANIFEST_NAME
+        """Write the manifest of ``bundle`` (as for ``read``), atomically, and return its path."""
+        path = manifest_path(bundle)
         write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         return path
 
     @classmethod
     def read(cls, bundle: Path) -> "Manifest":
-        """Read and check the manifest of the folder ``bundle``; the files it names are not opened.
+        """Read and check the manifest of ``bundle``; the files it names are not opened.
+
+        Args:
+            bundle: a folder with a manifest.json, or a manifest of another name in a folder that several models share.
 
         Raises:
             ModelFileError: no manifest, not JSON, another schema, or a field missing, unknown or of the wrong type.
         """
-        path = bundle / MANIFEST_NAME
+        path = manifest_path(bundle)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ModelFileError(
-                f"{bundle}: no {MANIFEST_NAME}, so not a bundle; write one with 'dpal-edge export'"
+                f"{bundle}: no {path.name}, so not a bundle; write one with 'dpal-edge export'"
             ) from error
         except ValueError as error:
             raise ModelFileError(f"{path}: not valid JSON ({error}); export the bundle again") from error
@@ -127,14 +137,25 @@ class Manifest:
         manifest: Manifest = _parse(cls, data, str(path))
         return manifest
 
+    def open_artifact(self, bundle: Path, artifact: Artifact) -> Path:
+        """Return the path of the file to open of ``artifact``, after checking its hash and those of its data.
+
+        Raises:
+            ModelFileError: as ``file``.
+        """
+        for spec in artifact.data:
+            self.file(bundle, spec)
+        return self.file(bundle, artifact.file)
+
     def file(self, bundle: Path, spec: FileSpec) -> Path:
-        """Return the path of ``spec`` in ``bundle`` after checking its hash.
+        """Return the path of ``spec`` in ``bundle`` (as for ``read``) after checking its hash.
 
         Raises:
             ModelFileError: the file is missing, lies outside the bundle, or differs from the manifest.
         """
-        path = bundle / spec.file
-        if not path.resolve().is_relative_to(bundle.resolve()):
+        folder = manifest_path(bundle).parent
+        path = folder / spec.file
+        if not path.resolve().is_relative_to(folder.resolve()):
             raise ModelFileError(f"{bundle}: the manifest names {spec.file!r}, a file outside the bundle; refused")
         if not path.is_file():
             raise ModelFileError(f"{path}: missing, though the manifest names it; copy the whole bundle again")
@@ -144,6 +165,11 @@ class Manifest:
                 f"copy or export the bundle again"
             )
         return path
+
+
+def manifest_path(bundle: Path) -> Path:
+    """Return where the manifest of ``bundle`` lies: in the folder, or the .json file that it is itself."""
+    return bundle if bundle.suffix == ".json" and not bundle.is_dir() else bundle / MANIFEST_NAME
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

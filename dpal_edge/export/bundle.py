@@ -1,6 +1,6 @@
 """Export: from a checkpoint to a bundle that has proven what it is.
 
-The graph is written, run by the engine that will serve it, compared with torch on real crops, and shipped only if it
+The graph is written, run by the engine that will serve it, compared with torch on real images, and shipped only if it
 agrees. Everything happens in a folder beside the bundle that replaces it at the end.
 """
 
@@ -14,23 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import nn
 
 from dpal_edge import __version__
-from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
-from dpal_edge.export.onnx import INPUT_NAME, count_parameters, exported_model, write_onnx
-from dpal_edge.files import find_images, sha256_of
-from dpal_edge.manifest import MANIFEST_NAME, Artifact, FileSpec, HeadSpec, InputSpec, Manifest, Parity, Stripped
-from dpal_edge.models.checkpoint import load_backbone, read_newest
-from dpal_edge.models.students import Student
-from dpal_edge.models.vit import normalize
-from dpal_edge.runtime.backend import open_backend
+from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.export.crops import Crops, read_inputs
+from dpal_edge.export.onnx import INPUT_NAME, ExportedModel, write_onnx
+from dpal_edge.export.proof import Outputs, check_parity, prove_stripped, torch_outputs
+from dpal_edge.export.source import DETECTION, Source, head_specs, open_source
+from dpal_edge.files import sha256_of
+from dpal_edge.manifest import MANIFEST_NAME, Artifact, FileSpec, InputSpec, Manifest, Stripped
 
-Crops = NDArray[np.uint8]  # (n, height, width, 3) RGB
-GOLDEN_IMAGES = 8  # crops that travel in the bundle with their expected outputs
-_HEAD = "embedding"
+GOLDEN_IMAGES = 8  # inputs that travel in the bundle with their expected outputs
 
 
 @dataclass(frozen=True)
@@ -45,53 +39,78 @@ class ExportSettings:
 
 
 def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
-    """Export the student in ``checkpoint`` (a file or a run folder) as an ONNX bundle in the folder ``out``.
+    """Export the model in ``checkpoint`` (a file or a run folder) as an ONNX bundle in the folder ``out``.
 
     Raises:
-        ConfigError: ``out`` holds something that is not a bundle, or the size does not fit the patches.
-        DataError: no real crops to compare on.
+        ConfigError: ``out`` holds something that is not a bundle, or the size does not fit the patches or a head.
+        DataError: no real images to compare on.
         ModelFileError: the checkpoint cannot be read, or training parts are left in the graph.
         ParityError: the written file differs from torch by more than the tolerance; ``out`` stays as it was.
     """
     if out.is_symlink() or (out.exists() and not _may_replace(out)):
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out, it would be replaced")
-    path = read_newest(checkpoint)[0] if checkpoint.is_dir() else checkpoint
-    backbone, metadata = load_backbone(path, weights=settings.weights)
-    size = settings.size or backbone.config.size
-    if any(side <= 0 or side % backbone.config.patch_size for side in size):
-        raise ConfigError(f"size {size}: expected positive multiples of the patch size {backbone.config.patch_size}")
-    folders = settings.calibration or tuple(metadata.get("config", {}).get("data", ()))
-    crops = read_crops(folders, size, settings.images)
-    reference = torch_outputs(backbone, crops, metadata["mean"], metadata["std"])
-
-    with _draft_beside(out) as draft:
+    source = open_source(checkpoint, settings.weights, settings.size)
+    crops, reference = compute_reference(source, settings)
+    with draft_beside(out) as folder:
+        draft = folder / "bundle"
         draft.mkdir()
         file = draft / "model.onnx"
-        model = exported_model(backbone, size, tuple(metadata["mean"]), tuple(metadata["std"]))
-        write_onnx(model, file, size=size, outputs=[_HEAD])
-        stripped = prove_stripped(file, model, metadata["parameters"])
+        model = ExportedModel(source.model, source.mean, source.std)
+        write_onnx(model, file, size=model.size, outputs=model.outputs)
+        stripped = prove_stripped(file, model, source.parameters)
         parity = check_parity(file, crops, reference, settings.tolerance)
-        golden = draft / "golden.npz"
-        arrays: dict[str, Any] = {"images": crops[:GOLDEN_IMAGES], _HEAD: reference[:GOLDEN_IMAGES]}
-        np.savez_compressed(golden, **arrays)
-        manifest = Manifest(
-            model=metadata["student"],
-            input=InputSpec(name=INPUT_NAME, size=size, mean=tuple(metadata["mean"]), std=tuple(metadata["std"])),
-            heads=(HeadSpec(name=_HEAD, task="embedding", shape=(backbone.config.width,)),),
-            artifacts=(Artifact(target="onnx", precision="float32", file=FileSpec.of(file), parity=parity),),
-            golden=FileSpec.of(golden),
-            stripped=stripped,
-            provenance={
-                "checkpoint": {"file": path.name, "sha256": sha256_of(path), "weights": metadata["weights"]},
-                "step": metadata.get("step"),
-                "teachers": metadata["teachers"],
-                "dpal_edge": __version__,
-                "torch": torch.__version__,
-            },
-        )
+        artifact = Artifact(target="onnx", precision="float32", file=FileSpec.of(file), parity=parity)
+        golden = write_golden(draft / "golden.npz", crops, reference, GOLDEN_IMAGES)
+        manifest = make_manifest(source, reference, artifact, golden, stripped)
         manifest.write(draft)
         _replace(draft, out)
     return manifest
+
+
+def compute_reference(source: Source, settings: ExportSettings) -> tuple[Crops, Outputs]:
+    """Read real images and return them with what torch makes of them.
+
+    Raises:
+        DataError: there are none.
+    """
+    size = source.model.backbone.config.size
+    frames = DETECTION in source.model.configs
+    crops = read_inputs(settings.calibration, source.metadata, size, settings.images, frames=frames)
+    return crops, torch_outputs(source.model, crops, source.mean, source.std)
+
+
+def write_golden(path: Path, crops: Crops, reference: Outputs, count: int) -> FileSpec:
+    """Write the first ``count`` images and their outputs."""
+    arrays: dict[str, Any] = {"images": crops, **reference}
+    np.savez_compressed(path, **{name: array[:count] for name, array in arrays.items()})
+    return FileSpec.of(path)
+
+
+def make_manifest(
+    source: Source, reference: Outputs, artifact: Artifact, golden: FileSpec, stripped: Stripped
+) -> Manifest:
+    """Write down what a device needs to know of an exported model, and where it comes from."""
+    size = source.model.backbone.config.size
+    return Manifest(
+        model=source.name,
+        input=InputSpec(name=INPUT_NAME, size=size, mean=source.mean, std=source.std),
+        heads=head_specs(source.model, reference),
+        artifacts=(artifact,),
+        golden=golden,
+        stripped=stripped,
+        provenance={
+            "checkpoint": {
+                "file": source.path.name,
+                "sha256": sha256_of(source.path),
+                "weights": source.metadata["weights"],
+            },
+            "step": source.metadata.get("step"),
+            "teachers": source.metadata.get("teachers", []),
+            **({"origin": origin} if (origin := source.metadata.get("origin")) else {}),
+            "dpal_edge": __version__,
+            "torch": torch.__version__,
+        },
+    )
 
 
 def describe(manifest: Manifest, out: Path) -> str:
@@ -100,110 +119,23 @@ def describe(manifest: Manifest, out: Path) -> str:
     parity, stripped = artifact.parity, manifest.stripped
     counts = {part: f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count}" for part, count in stripped.removed.items()}
     removed = " and ".join(f"{part} {count}" for part, count in counts.items()) or "nothing"
+    detects = any(head.task == DETECTION for head in manifest.heads)
+    use = f"dpal-edge run BUNDLE --detector {out}" if detects else f"dpal-edge run {out}"
     return (
         f"stripped  {removed}: {stripped.parameters_before / 1e6:.2f} M parameters became "
         f"{stripped.parameters_after / 1e6:.2f} M\n"
-        f"verified  largest error {parity.max_rel_error:.1e} of the largest output on {parity.images} real crops "
-        f"({parity.backend}, tolerance {parity.tolerance:.0e})\n"
+        f"verified  largest error {parity.max_rel_error:.1e} of the largest output ({parity.head}) on {parity.images} "
+        f"real {'frames' if detects else 'crops'} ({parity.backend}, tolerance {parity.tolerance:.0e})\n"
         f"wrote     {out} ({artifact.file.bytes / 1e6:.1f} MB {artifact.target}, {artifact.precision}, "
-        f"input uint8 {manifest.input.size[0]}x{manifest.input.size[1]})\n"
-        f"next: dpal-edge run {out} --source VIDEO --out annotated.mp4"
+        f"input uint8 {manifest.input.size[0]}x{manifest.input.size[1]}, "
+        f"outputs {', '.join(head.name for head in manifest.heads)})\n"
+        f"next: {use} --source VIDEO --out annotated.mp4"
     )
-
-
-def read_crops(folders: tuple[str, ...], size: tuple[int, int], count: int) -> Crops:
-    """Read ``count`` crops spread evenly over ``folders``, resized (bicubic) to ``size``; pass over unreadable files.
-
-    Raises:
-        DataError: no folder, or fewer than two readable images: a graph is not compared on invented input.
-    """
-    if not folders:
-        raise DataError("no real crops to compare the exported model on; give a folder of them with --calibration DIR")
-    try:
-        paths = find_images(folders).paths
-    except DataError as error:
-        raise DataError(f"{error}; give real crops with --calibration DIR") from error
-    order = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
-    crops = []
-    for path in dict.fromkeys([*order, *paths]):  # the others stand in for those that cannot be read
-        try:
-            with Image.open(path) as image:
-                crops.append(np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)))
-        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
-            continue
-        if len(crops) == count:
-            break
-    if len(crops) < 2:
-        raise DataError(f"{', '.join(folders)}: {len(crops)} readable images, expected at least 2 crops of people")
-    return np.stack(crops)
-
-
-@torch.no_grad()
-def torch_outputs(
-    backbone: Student, crops: Crops, mean: tuple[float, ...], std: tuple[float, ...]
-) -> NDArray[np.float32]:
-    """Return the embeddings (n, width) of uint8 ``crops`` by the unexported model in float32."""
-    images = normalize(torch.from_numpy(crops).permute(0, 3, 1, 2), mean, std)
-    tokens = torch.cat([backbone(chunk) for chunk in torch.split(images, 8)])
-    embeddings: NDArray[np.float32] = tokens[:, 0].numpy()
-    return embeddings
-
-
-def prove_stripped(file: Path, model: nn.Module, before: dict[str, int]) -> Stripped:
-    """Count the weights in the written graph; they must be those of ``model`` and nothing else.
-
-    Args:
-        file: the written graph.
-        model: what was written.
-        before: the number of values in each part of the network that was trained; all but ``backbone`` must be gone.
-
-    Raises:
-        ModelFileError: the graph holds another number of weights, or a tensor with a training part's name.
-    """
-    counts = count_parameters(file)
-    left = [name for name in counts if name.split(".")[0] in before.keys() - {"backbone"}]
-    after = sum(counts.values())
-    expected = sum({p.detach().numpy().tobytes(): p.numel() for p in model.parameters()}.values())  # equal ones once
-    if left or after != expected:
-        raise ModelFileError(
-            f"export left {after} weights in the graph, expected the backbone's {expected}"
-            f"{'; training parts: ' + ', '.join(left) if left else ''}; this is a bug, please report it"
-        )
-    removed = {part: count for part, count in before.items() if part != "backbone" and count}
-    return Stripped(parameters_before=sum(before.values()), parameters_after=after, removed=removed)
-
-
-def check_parity(file: Path, crops: Crops, reference: NDArray[np.float32], tolerance: float) -> Parity:
-    """Run the written file on ``crops``, singly and as one batch, against ``reference`` (n, width).
-
-    Raises:
-        ParityError: the largest error over the largest reference value is above ``tolerance``.
-    """
-    backend = open_backend(file)
-    batch = backend.run({INPUT_NAME: crops})[_HEAD]
-    single = np.concatenate([backend.run({INPUT_NAME: crop[None]})[_HEAD] for crop in crops[:4]])
-    error = max(np.abs(batch - reference).max(), np.abs(single - reference[:4]).max())
-    products = (batch * reference).sum(1)
-    cosine = products / (np.linalg.norm(batch, axis=1) * np.linalg.norm(reference, axis=1))
-    parity = Parity(
-        backend=backend.name,
-        images=len(crops),
-        max_abs_error=float(error),
-        max_rel_error=float(error / np.abs(reference).max()),
-        min_cosine=float(cosine.min()),
-        tolerance=tolerance,
-    )
-    if not parity.max_rel_error <= tolerance:  # also when it is not a number
-        raise ParityError(
-            f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output "
-            f"on {len(crops)} crops, tolerance {tolerance:.0e} ({backend.name}); nothing was written"
-        )
-    return parity
 
 
 @contextmanager
-def _draft_beside(out: Path) -> Iterator[Path]:
-    """Yield the path of a folder to write beside ``out``; remove what is left of it.
+def draft_beside(out: Path) -> Iterator[Path]:
+    """Yield a folder to write in beside ``out``; remove what is left of it.
 
     Raises:
         DataError: the disk is full, or the folder cannot be written.
@@ -211,7 +143,7 @@ def _draft_beside(out: Path) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            yield Path(folder) / "bundle"
+            yield Path(folder)
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written ({error.strerror or error}); free some space or choose another --out, nothing "

@@ -1,4 +1,4 @@
-"""The exported graph: uint8 crops in, one raw output per head, nothing of the training left."""
+"""The exported graph: uint8 images in, one raw output per head, nothing of the training left."""
 
 import copy
 import math
@@ -9,116 +9,91 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from dpal_edge.models.students import Student
+from dpal_edge.export.folding import FoldedPatches, fold_norms
+from dpal_edge.export.source import head_outputs, output_names
+from dpal_edge.models.human import HumanModel
 from dpal_edge.models.swin import STEM, SwinTransformer, WindowAttention
-from dpal_edge.models.vit import VisionTransformer, resize_positions
+from dpal_edge.models.vit import VisionTransformer
 
 OPSET = 20  # the first with Gelu as one operator, the last that TensorRT 10's parser reads
 INPUT_NAME = "images"
+_NOT_WEIGHTS = {"Resize": slice(1, None)}  # inputs of an operator that are its settings
 
 
-def exported_model(
-    backbone: Student, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-) -> nn.Module:
-    """Return what is exported of ``backbone``: uint8 RGB crops (B, H, W, 3) of one size in, (B, width) embeddings out.
+class ExportedModel(nn.Module):
+    """What is exported of a model: uint8 RGB images (B, H, W, 3) of its size in, raw outputs of its heads out."""
 
-    Args:
-        backbone: the student; not changed.
-        size: height and width of the crops.
-        mean: of the images that the student was trained on, RGB in 0..1.
-        std: likewise.
-    """
-    if isinstance(backbone, SwinTransformer):
-        return ExportedSwin(backbone, size, mean, std)
-    return ExportedViT(backbone, size, mean, std)
+    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Fold what can be computed once.
 
-
-class FoldedPatches(nn.Module):
-    """A patch embedding whose input is what a camera gives: uint8 RGB crops (B, H, W, 3).
-
-    Mean, standard deviation, the scale of 1/255 and the channel order are folded into the kernel, which is exact
-    because patches neither overlap nor are padded; it becomes one linear layer on flattened patches.
-    """
-
-    def __init__(self, embedding: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        Args:
+            model: in eval mode; not changed.
+            mean: of the images that it was trained on, RGB in 0..1.
+            std: likewise.
+        """
         super().__init__()
-        kernel, bias = (embedding.get_parameter(name).detach().double() for name in ("weight", "bias"))
-        width, self.patch = kernel.shape[0], kernel.shape[-1]
-        scale = (1 / (255 * torch.tensor(std, dtype=torch.float64))).view(1, 3, 1, 1)
-        offset = (torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1)
-        self.embed = nn.Linear(3 * self.patch**2, width)
-        # A patch flattens to (row, column, channel), as the pixels lie in memory.
-        self.embed.weight.data = (kernel * scale).permute(0, 2, 3, 1).flatten(1).float()
-        self.embed.bias.data = (bias - (kernel * offset).sum((1, 2, 3))).float()
+        backbone = model.backbone
+        self.size = backbone.config.size
+        self.outputs = output_names(model.configs)
+        if isinstance(backbone, SwinTransformer):
+            self.backbone: nn.Module = ExportedSwin(backbone, mean, std)
+        else:
+            self.backbone = ExportedViT(backbone, mean, std)
+        self.heads = fold_norms(model.heads)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, H, W, 3) to patches (B, H / patch, W / patch, width)."""
-        rows, columns = images.shape[1] // self.patch, images.shape[2] // self.patch
-        x = images.to(self.embed.weight.dtype)
-        x = x.reshape(-1, rows, self.patch, columns, self.patch, 3).permute(0, 1, 3, 2, 4, 5)
-        embedded: Tensor = self.embed(x.reshape(-1, rows, columns, 3 * self.patch**2))
-        return embedded
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map uint8 (B, H, W, 3) to the outputs, in the order of their names."""
+        return tuple(head_outputs(self.heads, self.backbone(images)).values())
 
 
 class ExportedViT(nn.Module):
-    """A ViT on raw crops, its position embedding baked for one size; returns the final-norm global token."""
+    """A ViT on raw images, its positions baked in for one size; returns the final-norm tokens."""
 
-    def __init__(
-        self, backbone: VisionTransformer, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
+    def __init__(self, backbone: VisionTransformer, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        config = backbone.config
         self.patches = FoldedPatches(backbone.patch_embed["proj"], mean, std)
-        grid = (size[0] // config.patch_size, size[1] // config.patch_size)
-        positions = resize_positions(backbone.pos_embed.detach(), config.grid, grid, config.pos_interp)
-        self.cls = None
+        self.vit = copy.deepcopy(backbone)
+        del self.vit.patch_embed
+        positions = backbone.pos_embed.detach().clone()
         if backbone.cls_token is not None:
-            self.cls = nn.Parameter(backbone.cls_token.detach() + positions[:, :1])
+            self.vit.cls_token = nn.Parameter(backbone.cls_token.detach() + positions[:, :1])
             positions = positions[:, 1:].clone()
-        self.positions = nn.Parameter(positions)
-        self.blocks = backbone.blocks
-        self.norm = backbone.norm
+        self.vit.pos_embed = nn.Parameter(positions)  # of the patches alone
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, H, W, 3) to embeddings (B, width)."""
-        x = self.patches(images).flatten(1, 2) + self.positions
-        if self.cls is not None:
-            x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        # Only the class token leaves, so only it is normalised.
-        embedding: Tensor = self.norm(x[:, 0]) if self.cls is not None else self.norm(x).mean(1)
-        return embedding
+        """Map uint8 (B, H, W, 3) to tokens (B, 1 + N, width)."""
+        x = self.patches(images).flatten(1, 2) + self.vit.pos_embed
+        if self.vit.cls_token is not None:
+            x = torch.cat([self.vit.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return self.vit.finish(self.vit.run_blocks(x))
 
 
 class ExportedSwin(nn.Module):
-    """A Swin on raw crops; returns the mean of the final map.
+    """A Swin on raw images; returns the mean of the final map and its tokens.
 
     The position biases are baked for one size, shift mask included, so no runtime has to compute them. They replace
     their small tables and are counted as the weights that they are in the file: 1.4 M more for a Swin-T at 256x128.
     """
 
-    def __init__(
-        self, backbone: SwinTransformer, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
+    def __init__(self, backbone: SwinTransformer, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.patches = FoldedPatches(backbone.patch_embed["proj"], mean, std)
         self.patch_norm = backbone.patch_embed["norm"]
         self.stages = copy.deepcopy(backbone.stages)
         self.norm = backbone.norm
         for i, stage in enumerate(self.stages):
-            rows, columns = (math.ceil(side / (STEM << i)) for side in size)
+            rows, columns = (math.ceil(side / (STEM << i)) for side in backbone.config.size)
             for module in stage.modules():
                 if isinstance(module, WindowAttention):
                     module.position_bias = _Baked(module.position_bias(*module.windows(rows, columns)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, H, W, 3) to embeddings (B, width)."""
+        """Map uint8 (B, H, W, 3) to tokens (B, 1 + N, width)."""
         x = self.patch_norm(self.patches(images))
         for stage in self.stages:
             x = stage(x)
-        embedding: Tensor = self.norm(x).mean((1, 2))
-        return embedding
+        x = self.norm(x).flatten(1, 2)
+        return torch.cat([x.mean(1, keepdim=True), x], dim=1)
 
 
 class _Baked(nn.Module):
@@ -133,32 +108,51 @@ class _Baked(nn.Module):
         return self.value
 
 
-def write_onnx(model: nn.Module, path: Path, *, size: tuple[int, int], outputs: list[str]) -> None:
-    """Write ``model`` to ``path`` with a dynamic batch and static ``size`` (height, width)."""
+def write_onnx(
+    model: nn.Module, path: Path, *, size: tuple[int, int], outputs: tuple[str, ...], optimize: bool = True
+) -> None:
+    """Write ``model`` to ``path`` with a dynamic batch and static ``size`` (height, width).
+
+    ``optimize`` folds constants and drops what does nothing; without it, each weight stays as the module has it.
+    """
     example = torch.zeros(2, *size, 3, dtype=torch.uint8)
     torch.onnx.export(
         model.eval(),
         (example,),
         path,
         input_names=[INPUT_NAME],
-        output_names=outputs,
+        output_names=list(outputs),
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         opset_version=OPSET,
         dynamo=True,
         external_data=False,
+        optimize=optimize,
         verbose=False,
     )
+    _remove_notes(path)
+
+
+def _remove_notes(path: Path) -> None:
+    """Remove the exporter's notes, a stack trace for each node, and the shapes in between, which engines infer."""
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def count_parameters(path: Path) -> dict[str, int]:
     """Return the number of values of each distinct weight in the ONNX file at ``path``, by name.
 
-    Weights are floating-point initializers of more than one value; single values are constants of the operators. Equal
-    tensors count once, because the exporter merges some of them.
+    Weights are floating-point initializers of more than one value; single values are constants of the operators, and
+    so are factors of a resize. Equal tensors count once, because the exporter merges some of them.
     """
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+    graph = onnx.load(path).graph
+    settings = {name for node in graph.node for name in node.input[_NOT_WEIGHTS.get(node.op_type, slice(0))]}
     distinct: dict[bytes, tuple[str, int]] = {}
-    for tensor in onnx.load(path).graph.initializer:
-        if tensor.data_type in floats and math.prod(tensor.dims) > 1:
+    for tensor in graph.initializer:
+        if tensor.data_type in floats and math.prod(tensor.dims) > 1 and tensor.name not in settings:
             distinct.setdefault(numpy_helper.to_array(tensor).tobytes(), (tensor.name, math.prod(tensor.dims)))
     return dict(distinct.values())

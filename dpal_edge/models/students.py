@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dpal_edge.errors import ModelFileError
+from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.models.swin import SwinConfig, SwinTransformer, init_swin
-from dpal_edge.models.vit import PosInit, PosInterp, VisionTransformer, ViTConfig, init_student
+from dpal_edge.models.vit import PosInit, PosInterp, VisionTransformer, ViTConfig, init_student, resize_positions
 
 Student = VisionTransformer | SwinTransformer
 StudentConfig = ViTConfig | SwinConfig
@@ -45,6 +45,34 @@ def init_student_weights(student: Student, generator: torch.Generator, pos_init:
         init_swin(student, generator)
     else:
         init_student(student, generator, pos_init)
+
+
+def resize_student(student: Student, size: tuple[int, int], *, window: tuple[int, int] | None = None) -> Student:
+    """Return a student with the same weights that is made for images of ``size``: positions are resized to its grid.
+
+    Args:
+        size: height, width in multiples of the patch size.
+        window: of a ViT, rows and columns of patches that most blocks attend within; None attends everywhere.
+
+    Raises:
+        ConfigError: the size is not of whole patches, or a window is asked of a Swin.
+    """
+    config = student.config
+    if any(side <= 0 or side % config.patch_size for side in size):
+        height, width = size
+        raise ConfigError(f"size {height}x{width}: expected positive multiples of the patch size {config.patch_size}")
+    if isinstance(student, SwinTransformer):
+        if window is not None:
+            raise ConfigError("window is a choice of ViTs; a Swin has its own")
+        resized: Student = SwinTransformer(replace(student.config, size=size))
+        resized.load_state_dict(student.state_dict())
+        return resized
+    resized = VisionTransformer(replace(student.config, size=size, pos_interp="2d", window=window))
+    grid = resized.config.grid
+    state = student.state_dict()
+    state["pos_embed"] = resize_positions(state["pos_embed"], student.config.grid, grid, student.config.pos_interp)
+    resized.load_state_dict(state)
+    return resized
 
 
 def config_to_dict(config: StudentConfig) -> dict[str, Any]:

@@ -12,10 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpal_edge.errors import ConfigError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1
 
 PosInterp = Literal["2d", "2d-dino", "1d"]
 PosInit = Literal["trunc_normal", "uniform"]
+
+_GLOBAL_EVERY = 3  # of blocks with windows, every third attends everywhere: 4 of 12, as ViTDet's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,17 @@ class ViTConfig:
     class_token: bool = True  # without one, the global token is the mean of the patches
     patch_padding: int = 0  # zeros around the image before patches are cut; 2 in Sapiens' downstream models
     pos_interp: PosInterp = "2d"
+    window: tuple[int, int] | None = None  # rows, columns of patches that two of three blocks attend within
+
+    def __post_init__(self) -> None:
+        if self.window is None:
+            return
+        if any(part < 1 or side % part for side, part in zip(self.grid, self.window, strict=True)):
+            (rows, columns), (height, width) = self.grid, self.size
+            raise ConfigError(
+                f"window {self.window[0]}x{self.window[1]} does not divide the {rows}x{columns} patches of "
+                f"{height}x{width} pixels; give divisors of {rows} and of {columns}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -41,16 +56,18 @@ class ViTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
-        return {**asdict(self), "size": list(self.size)}
+        return {**asdict(self), "size": list(self.size), "window": None if self.window is None else list(self.window)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ViTConfig":
-        """Rebuild what ``to_dict`` gave."""
-        return cls(**{**fields, "size": tuple(fields["size"])})
+        """Rebuild what ``to_dict`` gave, also before there were windows."""
+        window = fields.get("window")
+        pairs = {"size": tuple(fields["size"]), "window": None if window is None else tuple(window)}
+        return cls(**{**fields, **pairs})
 
 
 class VisionTransformer(nn.Module):
-    """Pre-norm ViT with learned positions; no dropout.
+    """Pre-norm ViT with learned positions; no dropout, and stochastic depth where ``set_drop_path`` asks for it.
 
     ``forward`` maps normalised images (B, 3, H, W), H and W multiples of the patch size, to final-norm tokens
     (B, 1 + N, width), the global token first (the class token, or the mean of the patches where there is none), N
@@ -66,8 +83,15 @@ class VisionTransformer(nn.Module):
         proj = nn.Conv2d(3, width, config.patch_size, config.patch_size, config.patch_padding)
         self.patch_embed = nn.ModuleDict({"proj": proj})
         last = config.depth - 1
+        windows = Windows(config.grid, config.window, config.class_token) if config.window else None
         self.blocks = nn.ModuleList(
-            Block(width, config.last_heads if i == last else config.heads, config.mlp_ratio, config.layer_scale)
+            Block(
+                width,
+                config.last_heads if i == last else config.heads,
+                config.mlp_ratio,
+                config.layer_scale,
+                windows if (i + 1) % _GLOBAL_EVERY else None,
+            )
             for i in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -100,9 +124,17 @@ class VisionTransformer(nn.Module):
             images: (B, 3, H, W), normalised.
             masked: (B, N) bool, true where a patch is hidden; None hides nothing.
             mask_token: what stands there, before positions are added.
+
+        Raises:
+            ConfigError: the model has windows, and images of another size come than they were laid out for.
         """
         x: Tensor = self.patch_embed["proj"](images)  # (B, D, rows, columns)
         grid = (x.shape[2], x.shape[3])
+        if self.config.window and grid != self.config.grid:
+            raise ConfigError(
+                f"images of {images.shape[2]}x{images.shape[3]}, expected {self.config.size[0]}x{self.config.size[1]}: "
+                f"windows are laid out for one size; resize the model with resize_student"
+            )
         x = x.flatten(2).mT  # (B, N, D)
         if masked is not None and mask_token is not None:
             x = torch.where(masked[..., None], mask_token.to(x.dtype), x)
@@ -117,6 +149,14 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return x
 
+    def set_drop_path(self, share: float) -> None:
+        """Let training drop residual branches of a sample, ``share`` of those of the last block, linearly less before.
+
+        Source: Huang et al., 2016 (stochastic depth).
+        """
+        for i, block in enumerate(self.blocks):
+            cast(Block, block).drop_path = share * i / max(len(self.blocks) - 1, 1)
+
     def finish(self, x: Tensor) -> Tensor:
         """Apply the final norm; put the global token first where there is no class token."""
         normed: Tensor = self.norm(x)
@@ -124,10 +164,13 @@ class VisionTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block on (B, N, width)."""
+    """One pre-norm transformer block on (B, N, width), whose attention stays within ``windows`` if there are any."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, layer_scale: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, layer_scale: bool, windows: "Windows | None" = None
+    ) -> None:
         super().__init__()
+        self.windows = windows
         hidden = round(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
@@ -135,13 +178,61 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
         self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.drop_path = 0.0  # share of samples whose branch is left out in training, 0..1
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, then transform each token."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
+        x = x + self._drop(self.ls1(self._attend(self.norm1(x))))
         mlp: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        scaled: Tensor = self.ls2(mlp)
-        return x + scaled
+        return x + self._drop(self.ls2(mlp))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.attn(x) if self.windows is None else self.windows.merge(self.attn(self.windows.split(x)))
+        return mixed
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Leave a branch (B, N, width) out for some samples; scale it for the others, so that its mean stays."""
+        if not (self.training and self.drop_path):
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept.to(branch.dtype) / (1 - self.drop_path)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A grid of patches in windows, so that attention costs a share of the whole grid's.
+
+    The class token joins every window and leaves as the mean of what the windows made of it: patches keep their view
+    of it, it keeps its view of all patches, and one window over the whole grid is exactly full attention.
+    """
+
+    grid: tuple[int, int]  # rows, columns of patches
+    window: tuple[int, int]  # likewise, divisors of the grid's
+    class_token: bool
+
+    def split(self, x: Tensor) -> Tensor:
+        """Cut tokens (B, [1 +] N, D) to (B * windows, [1 +] tokens of a window, D)."""
+        (down, across), (rows, columns) = self._counts, self.window
+        patches = x[:, int(self.class_token) :].reshape(-1, down, rows, across, columns, x.shape[-1])
+        patches = patches.transpose(2, 3).reshape(-1, rows * columns, x.shape[-1])
+        if not self.class_token:
+            return patches
+        return torch.cat([x[:, :1].expand(-1, down * across, -1).reshape(-1, 1, x.shape[-1]), patches], dim=1)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Undo ``split``."""
+        (down, across), (rows, columns) = self._counts, self.window
+        patches = x[:, int(self.class_token) :].reshape(-1, down, across, rows, columns, x.shape[-1])
+        patches = patches.transpose(2, 3).reshape(-1, math.prod(self.grid), x.shape[-1])
+        if not self.class_token:
+            return patches
+        mean = x[:, 0].reshape(-1, down * across, x.shape[-1]).mean(1, keepdim=True)
+        return torch.cat([mean, patches], dim=1)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        """Windows, down and across."""
+        return self.grid[0] // self.window[0], self.grid[1] // self.window[1]
 
 
 class LayerScale(nn.Module):

@@ -50,7 +50,7 @@ def probe(
         DataError: a folder is not of its task's layout, or an image cannot be read.
         ModelFileError, BackendUnavailable: the model or teacher cannot be opened here.
     """
-    folders = parse_tasks(tasks)
+    folders = parse_tasks(tasks, PROBES)
     if (teacher is None) != (not data):
         raise ConfigError("--teacher SPEC and --data DIR compare features, and need each other; give both or neither")
     if not folders and teacher is None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable
 
-ENGINES = {".onnx": "onnxruntime"}  # by file suffix
+# By file suffix, the preferred engine first; the engines are named like the packages that they come in.
+ENGINES = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
 
 
 class Backend(Protocol):
@@ -29,7 +31,7 @@ class Backend(Protocol):
 
 
 def open_backend(path: Path, *, engine: str | None = None, device: str = "cpu", threads: int | None = None) -> Backend:
-    """Load ``path`` with the engine its suffix implies, or with ``engine``.
+    """Load ``path`` with ``engine``, or with the first one installed that reads files of its suffix.
 
     Args:
         threads: CPU threads inside one operator; ``None`` is one per physical core.
@@ -38,18 +40,29 @@ def open_backend(path: Path, *, engine: str | None = None, device: str = "cpu", 
         BackendUnavailable: the engine or the device does not exist here; nothing falls back in silence.
         ModelFileError: the file is missing or is not a model that the engine can load.
     """
-    known = ", ".join(sorted(set(ENGINES.values())))
-    if engine is None and path.suffix not in ENGINES:
-        raise BackendUnavailable(f"{path}: no engine for {path.suffix!r} files, expected {', '.join(ENGINES)}")
-    engine = engine or ENGINES[path.suffix]
-    if engine not in ENGINES.values():
-        raise BackendUnavailable(f"{path}: no engine {engine!r}, expected one of: {known}")
+    engine = choose_engine(path, engine)
     try:
         module = import_module(f"dpal_edge.runtime._{engine}")
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"{path} needs {engine}: pip install 'dpal-edge[{engine}]'") from error
     backend: Backend = module.load(path, device, threads or physical_cores())
     return backend
+
+
+def choose_engine(path: Path, engine: str | None = None) -> str:
+    """Return ``engine``, or the first one installed that reads files of this suffix, or the preferred one of them.
+
+    Raises:
+        BackendUnavailable: no engine reads such files, or ``engine`` does not.
+    """
+    readers = ENGINES.get(path.suffix)
+    if readers is None:
+        raise BackendUnavailable(f"{path}: no engine for {path.suffix!r} files, expected {', '.join(ENGINES)}")
+    if engine is None:
+        return next((name for name in readers if find_spec(name)), readers[0])
+    if engine not in readers:
+        raise BackendUnavailable(f"{path}: no engine {engine!r}, expected one of: {', '.join(readers)}")
+    return engine
 
 
 def physical_cores() -> int:

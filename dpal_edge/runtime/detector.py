@@ -1,14 +1,23 @@
 """Find people in a frame."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.runtime.boxes import Boxes, area, intersection, iou
+from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.opencv import load_opencv
+from dpal_edge.runtime.preprocess import letterbox_frame
+from dpal_edge.tasks.detection_decoding import decode_people
+from dpal_edge.tasks.letterbox import to_frame
+
+DEFAULT_DETECTOR = Path(__file__).resolve().parents[1] / "assets" / "person_detector.json"  # this project's own
+_TASK = "detection"
+_BOX_AND_LOGIT = 5
 
 # OpenCV's people model, in pixels: a window in which the person is 96 high. Windows are loose, so boxes are cut by a
 # share of each side; it and the values below were measured on street and indoor video.
@@ -44,6 +53,64 @@ class Detector(Protocol):
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
         """Return the people in ``frame``."""
         ...
+
+
+class ModelDetector:
+    """A detector's bundle: one pass over the whole frame. Use it from one thread at a time.
+
+    Args:
+        model: with one head, for detection.
+        threshold: least score, 0..1.
+        iou: boxes that overlap a better one by more are dropped as the same person, 0..1.
+
+    Raises:
+        ConfigError: a threshold out of range.
+        ModelFileError: the model is no detector.
+    """
+
+    def __init__(self, model: Model, *, threshold: float = 0.4, iou: float = 0.6) -> None:
+        if not (0 <= threshold <= 1 and 0 < iou <= 1):
+            raise ConfigError(f"threshold {threshold} and iou {iou} found, expected both in 0..1")
+        heads = model.manifest.heads
+        if len(heads) != 1 or heads[0].task != _TASK or len(heads[0].shape) != 2 or heads[0].shape[1] != _BOX_AND_LOGIT:
+            found = ", ".join(f"{head.task} {head.shape}" for head in heads)
+            raise ModelFileError(
+                f"not a detector's bundle: its heads are {found}, expected one for {_TASK} of shape (any, 5)"
+            )
+        self.name = model.name
+        self._model, self._threshold, self._iou = model, threshold, iou
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Path | str = DEFAULT_DETECTOR,
+        *,
+        engine: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        threshold: float = 0.4,
+        iou: float = 0.6,
+    ) -> "ModelDetector":
+        """Load a bundle, by default the one that comes with this package, after checking its hashes.
+
+        Raises:
+            ModelFileError, BackendUnavailable: as ``Model.open``, or it is no detector.
+        """
+        model = Model.open(Path(bundle), engine=engine, device=device, threads=threads)
+        return cls(model, threshold=threshold, iou=iou)
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Return the people in ``frame``, best first, clipped to the frame."""
+        check_images(frame, "frame", ("H", "W", 3))
+        manifest = self._model.manifest
+        size = manifest.input.size
+        raw = self._model.run(letterbox_frame(frame, size)[None])[manifest.heads[0].name][0]
+        boxes, scores = decode_people(raw, threshold=self._threshold, iou=self._iou)
+        return Detections(to_frame(boxes, (frame.shape[0], frame.shape[1]), size), scores)
+
+    def close(self) -> None:
+        """Free the model; later calls raise ``ValueError``."""
+        self._model.close()
 
 
 class HogDetector:

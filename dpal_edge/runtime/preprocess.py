@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from dpal_edge.runtime.boxes import Boxes
 from dpal_edge.runtime.opencv import load_opencv
+from dpal_edge.tasks.letterbox import GREY, fit
 
 
 def crop_people(frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -34,6 +35,20 @@ def crop_people(frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int]) -
         resized = cv2.resize(region, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=crop)  # writes straight into the batch
     return crops
+
+
+def letterbox_frame(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Put a BGR frame (H, W, 3), resized in its proportions, at the top left of a grey RGB image (*size, 3).
+
+    Pixels are averaged or interpolated as in ``crop_people``; ``tasks.letterbox`` moves boxes there and back.
+    """
+    cv2 = load_opencv()
+    height, width = fit((frame.shape[0], frame.shape[1]), size)
+    smooth = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_LINEAR
+    padded = np.full((*size, 3), GREY, np.uint8)
+    resized = cv2.resize(frame, (width, height), interpolation=smooth)
+    cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[:height, :width])
+    return padded
 
 
 def pixel_boxes(boxes: Boxes, frame_shape: tuple[int, ...]) -> NDArray[np.int64]:

@@ -17,7 +17,8 @@ from dpal_edge.errors import BackendUnavailable, ConfigError, DataError
 from dpal_edge.files import atomic_path
 from dpal_edge.runtime.annotate import draw
 from dpal_edge.runtime.opencv import load_opencv
-from dpal_edge.runtime.pipeline import Person, Pipeline
+from dpal_edge.runtime.person import Person
+from dpal_edge.runtime.pipeline import Pipeline
 
 _CODECS = {".mp4": "mp4v", ".webm": "VP80", ".avi": "MJPG"}  # what OpenCV's own FFmpeg can encode everywhere
 _DEFAULT_FPS = 25.0  # where a file does not tell

@@ -26,7 +26,7 @@ def read_crop(path: Path, size: tuple[int, int], box: Box | None = None) -> Pixe
         DataError: missing, not an image, or the box reaches beyond it.
         BackendUnavailable: Pillow is not installed.
     """
-    image = _open(path, "RGB")
+    image = open_image(path, "RGB")
     left, top, right, bottom = box or (0, 0, *image.size)
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise DataError(
@@ -44,13 +44,13 @@ def read_ids(path: Path) -> Pixels:
         DataError: missing, not an image, or with several channels.
         BackendUnavailable: Pillow is not installed.
     """
-    image = _open(path)
+    image = open_image(path)
     if image.mode not in ("L", "P"):
         raise DataError(f"{path}: mode {image.mode}, expected one channel of 8 bits that holds class ids")
     return np.asarray(image)
 
 
-def _open(path: Path, mode: str | None = None) -> Any:
+def open_image(path: Path, mode: str | None = None) -> Any:
     """Decode an image, converted to ``mode``."""
     pillow = _pillow()
     try:

@@ -1,4 +1,4 @@
-"""Human parsing: the LIP layout, and intersection over union of a whole set."""
+"""Human parsing: the LIP layout, and the scores of a whole set, as intersection over union."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 from dpal_edge.errors import DataError
 from dpal_edge.files import IMAGE_SUFFIXES
 from dpal_edge.tasks.image import Pixels, read_ids
-from dpal_edge.tasks.sample import Sample, Split, read_text, require
+from dpal_edge.tasks.sample import Problems, Sample, Split, read_rows, read_text, require
 
 IGNORE = 255  # pixels that nobody labelled
 LIP_CLASSES = (
     "background", "hat", "hair", "glove", "sunglasses", "upper-clothes", "dress", "coat", "socks", "pants", "jumpsuits",
     "scarf", "skirt", "face", "left-arm", "right-arm", "left-leg", "right-leg", "left-shoe", "right-shoe",
 )  # fmt: skip
+LIP_LAYOUT = "the LIP layout: {split}_id.txt, {split}_images/ID.jpg, {split}_segmentations/ID.png"
 
 
 def read_lip(folder: Path, split: str) -> Split[Path]:
@@ -24,21 +25,39 @@ def read_lip(folder: Path, split: str) -> Split[Path]:
     The classes are the lines of ``classes.txt``, or LIP's own where there is no such file.
 
     Raises:
-        DataError: a list, folder, image or mask is missing, or the list is empty.
+        DataError: a list or folder is missing, the list is empty, or too many of its images are bad.
     """
-    layout = f"the LIP layout: {split}_id.txt, {split}_images/ID.jpg, {split}_segmentations/ID.png"
-    ids = read_text(folder / f"{split}_id.txt", layout).split()
-    if not ids:
-        raise DataError(f"{folder / f'{split}_id.txt'}: names no images; expected {layout}")
-    images = _stems(require(folder / f"{split}_images", layout))
-    masks = _stems(require(folder / f"{split}_segmentations", layout))
-    for name, found in (("images", images), ("segmentations", masks)):
-        if missing := [i for i in ids if i not in found]:
-            raise DataError(
-                f"{folder}: {split}_id.txt names {missing[0]!r}, which is not in {split}_{name} ({len(missing)} of "
-                f"{len(ids)} are missing); expected {layout}"
-            )
-    return Split(tuple(Sample(images[i], masks[i]) for i in ids), _read_classes(folder))
+    layout = LIP_LAYOUT.format(split=split)
+    images, masks = folder / f"{split}_images", folder / f"{split}_segmentations"
+    samples, problems = pair_masks(folder / f"{split}_id.txt", images, masks, layout)
+    return Split(samples, _read_classes(folder), "lip", problems)
+
+
+def pair_masks(
+    listing: Path, images: Path, masks: Path, layout: str
+) -> tuple[tuple[Sample[Path], ...], tuple[str, ...]]:
+    """Pair the images and masks, files of any image suffix, that the lines of ``listing`` name.
+
+    Lines without an image or mask, and those that repeat an earlier one, are problems.
+
+    Returns:
+        The samples in the order of the list, and the problems.
+
+    Raises:
+        DataError: a folder or the list is missing, the list is empty, or too many lines are bad.
+    """
+    rows = read_rows(listing, layout)
+    found = {folder: _stems(require(folder, layout)) for folder in (images, masks)}
+    problems, samples = Problems(listing), dict[str, Sample[Path]]()
+    for number, name in rows:
+        missing = [folder for folder, files in found.items() if name not in files]
+        if name in samples:
+            problems.add(f"line {number}", f"{name!r} is listed before; expected each image once")
+        elif missing:
+            problems.add(f"line {number}", f"names {name!r}, which is not in {missing[0]}; expected {layout}")
+        else:
+            samples[name] = Sample(found[images][name], found[masks][name])
+    return tuple(samples.values()), problems.finish(len(samples))
 
 
 def read_mask(path: Path, classes: Sequence[str]) -> Pixels:
@@ -76,12 +95,16 @@ def class_iou(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
     return iou
 
 
-def parsing_metrics(confusion: NDArray[np.int64]) -> dict[str, float]:
+def parsing_metrics(confusion: NDArray[np.int64], protocol: str = "") -> dict[str, float]:
     """Score the confusion matrix of a whole set: per-image scores are never averaged.
+
+    Args:
+        protocol: "atr" adds what is reported for that set.
 
     Returns:
         ``mIoU`` over the classes that are there or predicted, background included; ``pixel_accuracy``;
-        ``mean_accuracy`` over the classes that are there. All 0..1.
+        ``mean_accuracy`` over the classes that are there. For ATR also ``foreground_accuracy``, of the pixels that are
+        not background (class 0), and ``F1``, the mean of the classes' own, background included. All 0..1.
 
     Raises:
         DataError: no pixel was labelled.
@@ -89,15 +112,20 @@ def parsing_metrics(confusion: NDArray[np.int64]) -> dict[str, float]:
     hits, there = np.diag(confusion), confusion.sum(1)
     if not there.any():
         raise DataError(f"no labelled pixel in any mask: all are {IGNORE}; are these the right masks?")
-    return {
-        "mIoU": float(np.nanmean(class_iou(confusion))),
+    iou = class_iou(confusion)
+    scores = {
+        "mIoU": float(np.nanmean(iou)),
         "pixel_accuracy": float(hits.sum() / there.sum()),
         "mean_accuracy": float((hits[there > 0] / there[there > 0]).mean()),
     }
+    if protocol == "atr":
+        scores["foreground_accuracy"] = float(hits[1:].sum() / max(there[1:].sum(), 1))
+        scores["F1"] = float(np.nanmean(2 * iou / (1 + iou)))  # 2 TP / (2 TP + FP + FN) of each class
+    return scores
 
 
 def _stems(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def _read_classes(folder: Path) -> tuple[str, ...]:

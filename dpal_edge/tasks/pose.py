@@ -1,9 +1,7 @@
-"""Body pose: COCO's keypoint annotations, PCK of the torso, and average precision by object keypoint similarity."""
+"""Body pose: people in COCO's json, PCK of the torso and of the head, and precision by object keypoint similarity."""
 
-import json
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpal_edge.errors import BackendUnavailable, DataError
-from dpal_edge.tasks.sample import Sample, Split, read_text, require
+from dpal_edge.errors import DataError
+from dpal_edge.tasks.coco import CocoImage, Record, clip_box, entries, find_coco, index_images, noted, read_coco
+from dpal_edge.tasks.oks import oks_precision, oks_sigmas
+from dpal_edge.tasks.sample import Problems, Sample, Split
 
 Joints = NDArray[np.float32]  # (..., K, 2): x, y in pixels of the image
+BOX_AREA = 0.53  # of a person, as a share of the box, where the area is not known or a benchmark does not use it
+COCO_KEYPOINTS = "annotations/person_keypoints_{split}[2017].json and the images in {split}[2017]/"
 _TORSO = ("left_shoulder", "right_hip")
-
-# COCO's deviation of human annotators per joint, over the square root of the person's area; the same for both sides.
-# COCO has no neck and no top of the head: those two are CrowdPose's.
-_SIGMAS = {
-    "nose": 0.026, "eye": 0.025, "ear": 0.035, "shoulder": 0.079, "elbow": 0.072, "wrist": 0.062, "hip": 0.107,
-    "knee": 0.087, "ankle": 0.089, "neck": 0.079, "head_top": 0.079,
-}  # fmt: skip
+_MIDDLE = ("pelvis", "thorax")  # MPII leaves them out of the mean
+# From and below which crowd index of an image: CrowdPose's measure of how much of other people is in a person's box.
+_CROWDS = {"easy": (0.0, 0.1), "medium": (0.1, 0.8), "hard": (0.8, math.inf)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,40 +32,106 @@ class Pose:
     joints: Joints  # (K, 2); what stands where nothing is labelled means nothing
     labelled: NDArray[np.bool_]  # (K,), also those that are hidden in the image
     area: float  # of the person in pixels, for the similarity
+    crowd_index: float = math.nan  # of the image, 0..1; CrowdPose's
+    head_size: float = math.nan  # pixels: 0.6 of the diagonal of the head's box; MPII's
 
 
 def read_coco_keypoints(folder: Path, split: str) -> Split[Pose]:
     """Read ``split`` (train or val) of a folder with COCO's keypoint annotations; a sample is one person in its box.
 
-    The files are ``annotations/person_keypoints_SPLIT.json`` and the images ``SPLIT/``, or both with COCO's year as in
-    ``val2017``. Boxes are clipped to the image. Crowds and people without a labelled joint are left out.
+    The files are ``annotations/person_keypoints_SPLIT.json`` and the images ``SPLIT/`` (or ``images/SPLIT/``), or both
+    with COCO's year as in ``val2017``. The joints are those that the file names. Boxes are clipped to the image. Crowds
+    and people without a labelled joint are left out.
 
     Raises:
-        DataError: a file or image is missing, or an annotation is not of this layout.
+        DataError: a file is missing or not of this layout, or too many annotations are bad.
     """
-    layout = f"the COCO layout: annotations/person_keypoints_{split}[2017].json and the images in {split}[2017]/"
-    year = "2017" if (folder / "annotations" / f"person_keypoints_{split}2017.json").exists() else ""
-    path = folder / "annotations" / f"person_keypoints_{split}{year}.json"
-    text = read_text(path, layout)
-    images = require(folder / f"{split}{year}", layout)
-    try:
-        data = json.loads(text)
-        category = next(c for c in data["categories"] if c.get("keypoints"))
-        names = tuple(str(name) for name in category["keypoints"])
-        files = {int(i["id"]): (str(i["file_name"]), float(i["width"]), float(i["height"])) for i in data["images"]}
-        annotations = [a for a in data["annotations"] if not a.get("iscrowd") and a["category_id"] == category["id"]]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        raise DataError(f"{path}: not keypoint annotations ({_reason(error)}); expected {layout}") from error
-    samples: dict[int, Sample[Pose]] = {}
-    for annotation in annotations:
-        sample = _parse(annotation, len(names), files, images, path)
-        if sample.target.id in samples:
-            raise DataError(f"{path}: annotation {sample.target.id}: another has the same id; expected one per person")
-        if sample.target.labelled.any():
-            samples[sample.target.id] = sample
+    expected = f"the COCO layout: {COCO_KEYPOINTS.format(split=split)}"
+    path, images = find_coco(folder, split, "person_keypoints", expected)
+    return read_people(path, expected, images.joinpath)
+
+
+def read_people(
+    path: Path,
+    expected: str,
+    locate: Callable[[str], Path],
+    *,
+    names: Sequence[str] = (),
+    protocol: str = "coco",
+    use_area: bool = True,
+) -> Split[Pose]:
+    """Read the people in a file of COCO's format; a sample is one person in its box, clipped to the image.
+
+    Crowds and people without a labelled joint are left out.
+
+    Args:
+        path: the file.
+        expected: the layout, for errors.
+        locate: where an image lies, by its ``file_name``.
+        names: of the joints; those in the file by default.
+        protocol: of the split.
+        use_area: whether the area is the annotated one, rather than 0.53 of the box's.
+
+    Raises:
+        DataError: missing, not of this format, without people, or too many annotations are bad.
+    """
+    file = read_coco(path, expected)
+    category, named = person_category(file.categories, named=not names)
+    if category is None:
+        raise DataError(f"{path}: not keypoint annotations, no category names its keypoints; expected {expected}")
+    names = tuple(names) or named
+    problems, samples = Problems(path), dict[int, Sample[Pose]]()
+    images = index_images(file, locate, problems)
+    wanted = f"id, bbox, {len(names)} times x, y and visibility, and the id of an image"
+    for where, record in entries("annotation", file.annotations):
+        with noted(problems, where, wanted), np.errstate(over="ignore"):
+            if record.get("iscrowd") or record["category_id"] != category:
+                continue
+            sample = _read_person(record, len(names), images, use_area)
+            if sample.target.id in samples:
+                raise DataError("another has the same id; expected one per person")
+            if sample.target.labelled.any():
+                samples[sample.target.id] = sample
+    found = problems.finish(len(samples))
     if not samples:
-        raise DataError(f"{path}: no person with a labelled joint; expected {layout}")
-    return Split(tuple(samples.values()), names)
+        raise DataError(f"{path}: no person with a labelled joint; expected {expected}")
+    return Split(tuple(samples.values()), names, protocol, found)
+
+
+def pose_metrics(predicted: Joints, scores: NDArray[np.floating], split: Split[Pose]) -> dict[str, float]:
+    """Score joints that were found in the annotated boxes, with the metrics of the split's protocol.
+
+    Args:
+        predicted: (n, K, 2) pixels, of the n samples of ``split``.
+        scores: (n,) confidence of each prediction; only their order matters.
+
+    Returns:
+        0..1, the most important first; NaN where nobody is annotated so that it is defined:
+
+        * ``PCKh@0.5`` and ``PCKh@0.1`` for the protocol ``mpii``; NaN where no head's box is known;
+        * for others ``OKS_AP``, ``OKS_AP50``, ``OKS_AP75`` and ``OKS_AR`` as oks_ap gives them, unless the data are
+          one's own with joints whose deviation is not known; for ``crowdpose`` also ``OKS_AP_easy`` (images with a
+          crowd index below 0.1), ``OKS_AP_medium`` and ``OKS_AP_hard`` (from 0.8);
+        * ``PCK@0.2`` of the torso where both of its joints exist.
+
+    Raises:
+        DataError: the joints are such that none of these is defined.
+        BackendUnavailable: the library that computes OKS AP is not installed.
+    """
+    names, poses = split.labels, [sample.target for sample in split.samples]
+    metrics = {}
+    if split.protocol == "mpii":
+        metrics = {f"PCKh@{ratio}": pckh(predicted, poses, names, ratio) for ratio in (0.5, 0.1)}
+    elif split.protocol != "coco" or _have_deviations(names):
+        metrics = {f"OKS_{name}": value for name, value in _oks_scores(predicted, scores, split).items()}
+    if set(_TORSO) <= set(names):
+        metrics["PCK@0.2"] = _pck(predicted, poses, names, 0.2)
+    if not metrics:
+        raise DataError(
+            f"no metric is defined for the joints {', '.join(names)}: OKS AP needs COCO's names for all, PCK needs "
+            f"{' and '.join(_TORSO)}; rename them"
+        )
+    return metrics
 
 
 def pck(predicted: Joints, poses: Sequence[Pose], names: Sequence[str], ratio: float = 0.2) -> float:
@@ -84,39 +148,38 @@ def pck(predicted: Joints, poses: Sequence[Pose], names: Sequence[str], ratio: f
     """
     if missing := [name for name in _TORSO if name not in names]:
         raise DataError(f"PCK needs the joints {' and '.join(_TORSO)}, no {missing[0]} among {', '.join(names)}")
-    shoulder, hip = (list(names).index(name) for name in _TORSO)
-    truth = np.stack([pose.joints for pose in poses])
-    labelled = np.stack([pose.labelled for pose in poses])
-    counted = labelled & (labelled[:, shoulder] & labelled[:, hip])[:, None]
-    if not counted.any():
+    share = _pck(predicted, poses, names, ratio)
+    if math.isnan(share):
         raise DataError(f"none of {len(poses)} people has both {_TORSO[0]} and {_TORSO[1]} labelled; PCK is undefined")
-    torso = np.linalg.norm(truth[:, shoulder] - truth[:, hip], axis=-1, keepdims=True)
-    found = np.linalg.norm(predicted - truth, axis=-1) <= ratio * torso
-    return float(found[counted].mean())
+    return share
 
 
-def oks_sigmas(names: Sequence[str]) -> NDArray[np.float64]:
-    """Return the deviation of each joint for the object keypoint similarity, by its name.
+def pckh(predicted: Joints, poses: Sequence[Pose], names: Sequence[str], ratio: float = 0.5) -> float:
+    """Return the share of joints found within ``ratio`` of the head, 0..1: PCKh@ratio, as MPII's evaluation counts.
 
-    COCO's where COCO has the joint; CrowdPose's 0.079 for ``neck`` and ``head_top``, which complete LSP's 14 joints.
+    Every labelled joint but pelvis and thorax counts once, of all people whose head size is known; NaN if there are
+    none.
 
-    Raises:
-        DataError: a name without a known deviation.
+    Args:
+        predicted: (n, K, 2), of the n ``poses``.
     """
-    kinds = [name.lower().removeprefix("left_").removeprefix("right_") for name in names]
-    if unknown := [name for name, kind in zip(names, kinds, strict=True) if kind not in _SIGMAS]:
-        raise DataError(f"no OKS deviation is known for the joint {unknown[0]!r}; known: {', '.join(_SIGMAS)}")
-    return np.array([_SIGMAS[kind] for kind in kinds])
+    sizes = np.array([pose.head_size for pose in poses])
+    scored = np.array([name not in _MIDDLE for name in names])
+    counted = np.stack([pose.labelled for pose in poses]) & scored & np.isfinite(sizes)[:, None]
+    return _share_found(predicted, poses, counted, ratio * sizes)
 
 
 def oks_ap(
-    predicted: Joints, scores: NDArray[np.floating], poses: Sequence[Pose], names: Sequence[str]
+    predicted: Joints, scores: NDArray[np.floating], poses: Sequence[Pose], names: Sequence[str], protocol: str = ""
 ) -> dict[str, float]:
     """Score predicted joints with COCO's average precision by object keypoint similarity.
+
+    Crowds and people without labelled joints are not there, unlike in COCO's evaluation of detected boxes.
 
     Args:
         predicted: (n, K, 2), of the n ``poses``.
         scores: (n,) confidence of each prediction; only their order matters.
+        protocol: whose deviations of annotators hold.
 
     Returns:
         ``AP``, ``AP50``, ``AP75`` and ``AR``, 0..1.
@@ -125,62 +188,96 @@ def oks_ap(
         BackendUnavailable: the library that computes it is not installed.
         DataError: as oks_sigmas.
     """
-    try:
-        import hotcoco
-    except ModuleNotFoundError as error:
-        raise BackendUnavailable("OKS AP needs hotcoco: pip install 'dpal-edge[evaluate]'") from error
-    sigmas = oks_sigmas(names)
+    sigmas = oks_sigmas(names, protocol)
     images = [{"id": i} for i in sorted({pose.image_id for pose in poses})]
     truth = {"images": images, "categories": [{"id": 1, "name": "person"}], "annotations": [_coco(p) for p in poses]}
     results = [
-        {"image_id": pose.image_id, "category_id": 1, "keypoints": _triples(joints, 1), "score": float(score)}
+        {"image_id": pose.image_id, "category_id": 1, "keypoints": triples(joints, 1), "score": float(score)}
         for pose, joints, score in zip(poses, predicted, scores, strict=True)
     ]
-    reference = hotcoco.COCO(truth)
-    evaluation: Any = hotcoco.COCOeval(reference, reference.load_res(results), "keypoints")
-    evaluation.params.kpt_oks_sigmas = sigmas.tolist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that these are not COCO's deviations: known and documented
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # The axes are similarities .5, .55, ... .95, recalls, the one category, areas (all first), and detections per
-    # image. The library's summary would name the numbers, but it prints them, and standard output is the caller's.
-    precision = np.asarray(evaluation.eval["precision"])[:, :, 0, 0, 0]
-    recall = np.asarray(evaluation.eval["recall"])[:, 0, 0, 0]
-    values = (precision, precision[0], precision[5], recall)
-    return {name: float(np.mean(v)) for name, v in zip(("AP", "AP50", "AP75", "AR"), values, strict=True)}
+    return oks_precision(truth, results, sigmas)
 
 
-def _parse(
-    annotation: dict[str, Any], joints: int, files: dict[int, tuple[str, float, float]], images: Path, path: Path
-) -> Sample[Pose]:
-    """Turn an annotation of ``path`` into a sample; ``files`` tells name, width and height of each image by its id."""
-    where = f"{path}: annotation {annotation.get('id')}"
-    try:
-        name, width, height = files[int(annotation["image_id"])]
-        rows = np.array(annotation["keypoints"], np.float32).reshape(joints, 3)
-        left, top, box_width, box_height = (float(value) for value in annotation["bbox"])
-        area = float(annotation.get("area", box_width * box_height))
-        pose = Pose(int(annotation["id"]), int(annotation["image_id"]), rows[:, :2], rows[:, 2] > 0, area)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{where}: {_reason(error)}; expected id, bbox, {joints} times x, y and visibility, and the id of an image"
-        ) from error
+def triples(joints: NDArray[np.floating], visibility: Any) -> list[float]:
+    """Flatten joints (K, 2) to x, y, visibility as COCO writes them."""
+    column = np.broadcast_to(visibility, len(joints))[:, None]
+    flat: list[float] = np.concatenate([joints, column], axis=1).ravel().tolist()
+    return flat
+
+
+def person_category(categories: list[Any], *, named: bool) -> tuple[int | None, tuple[str, ...]]:
+    """Return id and joints of the first category that is a person: that names its keypoints, where it must."""
+    for category in (c for c in categories if isinstance(c, dict) and "id" in c):
+        names = category.get("keypoints")
+        if (isinstance(names, list) and names) or (not named and category.get("name") == "person"):
+            return category["id"], tuple(str(name) for name in names or ())
+    return None, ()
+
+
+def _read_person(record: Record, joints: int, images: dict[int, CocoImage], use_area: bool) -> Sample[Pose]:
+    """Turn an annotation into a sample.
+
+    Raises:
+        DataError: a value means nothing. Others: it is not of the format.
+    """
+    image = images[int(record["image_id"])]
+    rows = np.array(record["keypoints"], np.float32).reshape(joints, 3)
+    box = [float(value) for value in record["bbox"]]
+    area = float(record.get("area") or 0) if use_area else 0.0
+    area = area or BOX_AREA * box[2] * box[3]
     if not (np.isfinite(rows).all() and math.isfinite(area)):
-        raise DataError(f"{where}: a keypoint or the area is not finite; correct it or leave it out")
-    box = max(left, 0.0), max(top, 0.0), min(left + box_width, width), min(top + box_height, height)
-    if not (box[0] < box[2] and box[1] < box[3]):  # also where an edge is NaN
-        raise DataError(f"{where}: its box {annotation['bbox']} covers nothing of an image of {width:g}x{height:g}")
-    if not (images / name).is_file():
-        raise DataError(f"{where}: no image {images / name}; expected the images of {path.name} there")
-    return Sample(images / name, pose, box)
+        raise DataError("a keypoint or the area is not finite; correct it or leave it out")
+    if area < 0:
+        raise DataError(f"its area is {area:g}; expected pixels")
+    clipped = clip_box(box, image.width, image.height)
+    if not image.there:
+        raise DataError(f"no image {image.path}; expected the images of the file there")
+    crowd = float(image.record.get("crowdIndex", math.nan))
+    pose = Pose(int(record["id"]), int(record["image_id"]), rows[:, :2], rows[:, 2] > 0, area, crowd)
+    return Sample(image.path, pose, clipped)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _have_deviations(names: Sequence[str]) -> bool:
+    try:
+        oks_sigmas(names)
+    except DataError:
+        return False
+    return True
 
 
-def _coco(pose: Pose) -> dict[str, Any]:
+def _oks_scores(predicted: Joints, scores: NDArray[np.floating], split: Split[Pose]) -> dict[str, float]:
+    """Return oks_ap, and for CrowdPose the precision on images of each crowdedness."""
+    poses = [sample.target for sample in split.samples]
+    found = oks_ap(predicted, scores, poses, split.labels, split.protocol)
+    if split.protocol == "crowdpose":
+        index = np.array([pose.crowd_index for pose in poses])
+        for name, (low, high) in _CROWDS.items():
+            part = np.flatnonzero((low <= index) & (index < high))
+            chosen = predicted[part], scores[part], [poses[i] for i in part], split.labels, split.protocol
+            found[f"AP_{name}"] = oks_ap(*chosen)["AP"] if len(part) else math.nan
+    return found
+
+
+def _pck(predicted: Joints, poses: Sequence[Pose], names: Sequence[str], ratio: float) -> float:
+    """Return what pck does; NaN where it is undefined."""
+    truth = np.stack([pose.joints for pose in poses])
+    labelled = np.stack([pose.labelled for pose in poses])
+    one, other = (list(names).index(name) for name in _TORSO)
+    torso = np.linalg.norm(truth[:, one] - truth[:, other], axis=-1)
+    return _share_found(predicted, poses, labelled & (labelled[:, one] & labelled[:, other])[:, None], ratio * torso)
+
+
+def _share_found(
+    predicted: Joints, poses: Sequence[Pose], counted: NDArray[np.bool_], reach: NDArray[np.floating]
+) -> float:
+    """Return the share of ``counted`` joints (n, K) within ``reach`` pixels (n,) of the truth; NaN if none counts."""
+    if not counted.any():
+        return math.nan
+    distance = np.linalg.norm(predicted - np.stack([pose.joints for pose in poses]), axis=-1)
+    return float((distance <= reach[:, None])[counted].mean())
+
+
+def _coco(pose: Pose) -> Record:
     """Return a pose as COCO's annotation."""
     left, top = pose.joints[pose.labelled].min(0).tolist()
     right, bottom = pose.joints[pose.labelled].max(0).tolist()
@@ -192,12 +289,5 @@ def _coco(pose: Pose) -> dict[str, Any]:
         "area": pose.area,
         "bbox": [left, top, right - left, bottom - top],
         "num_keypoints": int(pose.labelled.sum()),
-        "keypoints": _triples(np.where(pose.labelled[:, None], pose.joints, 0), 2 * pose.labelled),
+        "keypoints": triples(np.where(pose.labelled[:, None], pose.joints, 0), 2 * pose.labelled),
     }
-
-
-def _triples(joints: Joints, visibility: Any) -> list[float]:
-    """Flatten joints (K, 2) to x, y, visibility as COCO writes them."""
-    column = np.broadcast_to(visibility, len(joints))[:, None]
-    flat: list[float] = np.concatenate([joints, column], axis=1).ravel().tolist()
-    return flat

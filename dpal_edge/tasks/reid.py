@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
 from dpal_edge.files import IMAGE_SUFFIXES
-from dpal_edge.tasks.sample import Sample, Split, require
+from dpal_edge.tasks.sample import Problems, Sample, Split, require
 
 JUNK = -1  # person id of Market's detections that are nobody; 0 is a distractor and stays in the gallery
 _FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-_LAYOUT = f"the Market-1501 layout: folders {', '.join(_FOLDERS.values())} of images named PPPP_cCsS_..."
+MARKET_LAYOUT = f"the Market-1501 layout: folders {', '.join(_FOLDERS.values())} of images named PPPP_cCsS_..."
 _NAME = re.compile(r"(-1|\d+)_c(\d+)", re.ASCII)
 _CHUNK = 256  # queries compared with the gallery at a time: bounds memory
 
@@ -30,23 +30,25 @@ class Identity:
 def read_market(folder: Path, split: str) -> Split[Identity]:
     """Read ``split`` (train, query or gallery) of a folder in the layout of Market-1501; junk images are left out.
 
+    Images whose names tell no person and camera are problems.
+
     Raises:
-        DataError: the split's folder is missing or holds no people, or an image's name is not of this layout.
+        DataError: the split's folder is missing or holds no people, or too many names are bad.
     """
-    parent = require(folder / _FOLDERS[split], _LAYOUT)
-    samples = []
+    parent = require(folder / _FOLDERS[split], MARKET_LAYOUT)
+    problems, samples = Problems(parent), []
     for path in sorted(parent.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue  # the original holds Thumbs.db
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue  # the original holds Thumbs.db, copies from a Mac ._*.jpg
         name = _NAME.match(path.name)
         if name is None:
-            raise DataError(f"{path}: its name tells no person and camera; expected {_LAYOUT}")
-        identity = Identity(person=int(name[1]), camera=int(name[2]))
-        if identity.person != JUNK:
-            samples.append(Sample(path, identity))
+            problems.add(path.name, f"its name tells no person and camera; expected {MARKET_LAYOUT}")
+        elif int(name[1]) != JUNK:
+            samples.append(Sample(path, Identity(person=int(name[1]), camera=int(name[2]))))
+    found = problems.finish(len(samples))
     if not samples:
-        raise DataError(f"{parent}: no images of people in it; expected {_LAYOUT}")
-    return Split(tuple(samples))
+        raise DataError(f"{parent}: no images of people in it; expected {MARKET_LAYOUT}")
+    return Split(tuple(samples), protocol="market1501", problems=found)
 
 
 def retrieval_metrics(

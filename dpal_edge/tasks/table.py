@@ -1,15 +1,16 @@
 """The tasks by name: what a data set of each is made of."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpal_edge.errors import ConfigError
-from dpal_edge.tasks.attributes import read_attributes
-from dpal_edge.tasks.parsing import read_lip
-from dpal_edge.tasks.pose import read_coco_keypoints
-from dpal_edge.tasks.reid import read_market
+from dpal_edge.tasks.attribute_layouts import read_attributes
+from dpal_edge.tasks.detection_layouts import read_detection
+from dpal_edge.tasks.parsing_layouts import read_parsing
+from dpal_edge.tasks.pose_layouts import read_pose
+from dpal_edge.tasks.reid_layouts import read_reid
 from dpal_edge.tasks.sample import Split
 
 
@@ -23,15 +24,19 @@ class Task:
 
 
 TASKS = {
-    "reid": Task(read_market, ("train", "query", "gallery"), patches=False),
-    "parsing": Task(read_lip, ("train", "val"), patches=True),
-    "pose": Task(read_coco_keypoints, ("train", "val"), patches=True),
+    "reid": Task(read_reid, ("train", "query", "gallery"), patches=False),
+    "parsing": Task(read_parsing, ("train", "val"), patches=True),
+    "pose": Task(read_pose, ("train", "val"), patches=True),
     "attributes": Task(read_attributes, ("train", "val"), patches=False),
+    "detection": Task(read_detection, ("train", "val"), patches=True),
 }
 
 
-def parse_tasks(texts: Iterable[str]) -> dict[str, Path]:
+def parse_tasks(texts: Iterable[str], known: Collection[str] = TASKS) -> dict[str, Path]:
     """Turn options of the form ``NAME=DIR`` into data folders by task.
+
+    Args:
+        known: the tasks that may be named.
 
     Raises:
         ConfigError: another form, a task that is not known, or one that is named twice.
@@ -41,8 +46,8 @@ def parse_tasks(texts: Iterable[str]) -> dict[str, Path]:
         name, _, folder = text.partition("=")
         if not folder:
             raise ConfigError(f"task {text!r}: expected NAME=DIR, for example reid=data/market1501")
-        if name not in TASKS:
-            raise ConfigError(f"task {text!r}: no task {name!r}, expected one of: {', '.join(TASKS)}")
+        if name not in known:
+            raise ConfigError(f"task {text!r}: no task {name!r}, expected one of: {', '.join(known)}")
         if name in folders:
             raise ConfigError(f"task {text!r}: {name} is given twice; give one folder per task")
         folders[name] = Path(folder)

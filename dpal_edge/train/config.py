@@ -173,8 +173,8 @@ def build_config(fields: dict[str, Any]) -> TrainConfig:
         unknown_names, known_names = ", ".join(sorted(unknown)), ", ".join(sorted(known))
         name = fields.get("method", TrainConfig.method)
         raise ConfigError(f"unknown setting {unknown_names} for the method {name}; known are {known_names}")
-    options = method.options(**{name: _coerce(own[name], fields[name], name) for name in fields.keys() & own.keys()})
-    values = {name: _coerce(core[name], fields[name], name) for name in fields.keys() & core.keys()}
+    options = method.options(**{name: coerce(own[name], fields[name], name) for name in fields.keys() & own.keys()})
+    values = {name: coerce(core[name], fields[name], name) for name in fields.keys() & core.keys()}
     return TrainConfig(options=options, **values)
 
 
@@ -211,17 +211,17 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _coerce(hint: Any, value: Any, name: str) -> Any:
+def coerce(hint: Any, value: Any, name: str) -> Any:
     """Check ``value`` against a field's type; ints pass as floats, lists as tuples, one string as a tuple of it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         inner = next(a for a in arguments if a is not type(None))
-        return None if value is None else _coerce(inner, value, name)
+        return None if value is None else coerce(inner, value, name)
     if origin is tuple:
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
         if len(items) == len(kinds):
-            return tuple(_coerce(kind, item, name) for kind, item in zip(kinds, items, strict=True))
+            return tuple(coerce(kind, item, name) for kind, item in zip(kinds, items, strict=True))
     elif origin is Literal:
         return _choice(arguments, value, name)
     elif (number := _as_plain(hint, value)) is not None:

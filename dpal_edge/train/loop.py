@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,20 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Machine(Protocol):
+    """Settings that say where to compute, and how precisely."""
+
+    @property
+    def device(self) -> str:
+        """``auto`` or what torch calls a device."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """``auto``, float32, bf16 or fp16."""
+        ...
 
 
 @dataclass
@@ -102,7 +117,7 @@ class TimedLoader:
             self._iterator._shutdown_workers()
 
 
-def choose_device(config: TrainConfig, world: World, *, earlier: str | None = None) -> tuple[torch.device, str]:
+def choose_device(config: Machine, world: World, *, earlier: str | None = None) -> tuple[torch.device, str]:
     """Resolve ``auto``: CUDA if there is one; bf16 where the device multiplies it faster than float32.
 
     A run that goes on keeps its ``earlier`` precision, so that it does not change half-way on another machine.
@@ -171,7 +186,7 @@ def train(state: State, loader: TimedLoader, config: TrainConfig) -> Iterator[tu
                 raise
             raise ConfigError(_what_fits(state, config, loader.batches)) from error
         state.step += 1
-        update_ema(state.ema, state.method.backbone, ema_decay(state.step, config))
+        update_ema(state.ema, state.method.backbone, ema_decay(state.step, config.ema_decay))
         yield batches, values
 
 
@@ -254,9 +269,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(config.steps - warmup, 1)))
 
 
-def ema_decay(step: int, config: TrainConfig) -> float:
-    """Grow towards ``config.ema_decay``, so that the mean forgets its random start within a short run."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
+def ema_decay(step: int, most: float) -> float:
+    """Grow towards ``most``, so that the mean forgets its random start within a short run."""
+    return min(most, (1 + step) / (10 + step))
 
 
 @torch.no_grad()

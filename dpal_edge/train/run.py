@@ -86,7 +86,7 @@ def _follow(setup: Setup, run: Path, watcher: Watcher) -> Summary:
     loader = setup.loader(config.steps)
     vote = Vote(state.world)
     try:
-        with _stop_signals() as stopped, loader, Metrics(saver, loader) as metrics:
+        with stop_signals() as stopped, loader, Metrics(saver, loader) as metrics:
             for batches, values in train(state, loader, config):
                 saver.skipped.update(skip for batch in batches for skip in batch.skipped)
                 watcher.updated(state.step)
@@ -144,7 +144,7 @@ def _write_start(run: Path, setup: Setup) -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Yield a list that a first SIGINT or SIGTERM fills; a second one interrupts at once."""
     received: list[int] = []
 

@@ -16,6 +16,7 @@ from dpal_edge.files import append_lines, read_lines, write_text
 from dpal_edge.models.checkpoint import CHECKPOINTS, list_checkpoints, write_checkpoint
 from dpal_edge.models.students import config_to_dict
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
+from dpal_edge.probe.probes import PROBES
 from dpal_edge.probe.validation import probe_backbone
 from dpal_edge.tasks.table import parse_tasks
 from dpal_edge.train.augment import resolve_augment
@@ -105,7 +106,7 @@ class Saver:
         try:
             self.scores = probe_backbone(
                 backbone,
-                parse_tasks(self.config.probe),
+                parse_tasks(self.config.probe, PROBES),
                 mean=IMAGENET_MEAN,
                 std=IMAGENET_STD,
                 size=self.config.size,

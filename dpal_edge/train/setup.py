@@ -13,6 +13,7 @@ from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.models.checkpoint import Checkpoint, list_checkpoints, read_newest
 from dpal_edge.models.teacher import Teachers, check_features, load_teachers, passport_fields
 from dpal_edge.probe.command import read_splits
+from dpal_edge.probe.probes import PROBES
 from dpal_edge.tasks.table import parse_tasks
 from dpal_edge.train.augment import resolve_augment, to_views
 from dpal_edge.train.cache import TargetCache
@@ -103,7 +104,7 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
     if saved is None:
         _refuse_used(run)
     require_trackers(config.trackers)
-    read_splits(parse_tasks(config.probe), config.probe_images, 0)  # what a probe hours from now will need
+    read_splits(parse_tasks(config.probe, PROBES), config.probe_images, 0)  # what a probe hours from now will need
     data = _open_data(config) if world.local_rank == 0 else None
     world.wait()  # one process of each machine lists the data; the others find what it has indexed
     data = data or _open_data(config)

@@ -13,10 +13,14 @@ from PIL import Image
 
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError, ModelFileError, ParityError
-from dpal_edge.export.bundle import ExportSettings, describe, export, prove_stripped, read_crops, torch_outputs
-from dpal_edge.export.onnx import count_parameters, exported_model, write_onnx
+from dpal_edge.export.bundle import ExportSettings, describe, export
+from dpal_edge.export.crops import read_crops
+from dpal_edge.export.onnx import ExportedModel, count_parameters, write_onnx
+from dpal_edge.export.proof import prove_stripped, torch_outputs
+from dpal_edge.export.source import resize_model
 from dpal_edge.manifest import Manifest
 from dpal_edge.models.checkpoint import read_newest, write_checkpoint
+from dpal_edge.models.human import HumanModel
 from dpal_edge.models.students import build_student, config_to_dict, init_student_weights
 from dpal_edge.runtime.backend import open_backend
 from tests.export.conftest import CONFIG, MEAN, STD, SWIN, tiny_student
@@ -26,7 +30,7 @@ PARAMETERS = sum(p.numel() for p in tiny_student(1).parameters())
 
 def unexported():
     """The model that the bundle was exported from."""
-    return exported_model(tiny_student(1), CONFIG.size, tuple(MEAN), tuple(STD))
+    return ExportedModel(HumanModel(tiny_student(1), {}), tuple(MEAN), tuple(STD))
 
 
 @pytest.fixture(scope="session")
@@ -93,13 +97,13 @@ def column(values):
     "config", [CONFIG, replace(CONFIG, class_token=False), SWIN, replace(SWIN, size=(32, 32), window=7)]
 )
 def test_folding_is_exact(config, size, value):
-    student = tiny_student(0, config)
+    model = resize_model(HumanModel(tiny_student(0, config), {}).eval(), size)
     images = torch.full((2, *size, 3), value or 0, dtype=torch.uint8)
     if value is None:
         images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-    folded = exported_model(student, size, tuple(MEAN), tuple(STD)).eval()
-    expected = torch_outputs(student, images.numpy(), tuple(MEAN), tuple(STD))
-    np.testing.assert_allclose(folded(images), expected, rtol=1e-5, atol=1e-5)
+    folded = ExportedModel(model, tuple(MEAN), tuple(STD)).eval()
+    expected = torch_outputs(model, images.numpy(), tuple(MEAN), tuple(STD))["embedding"]
+    np.testing.assert_allclose(folded(images)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_backbone_is_left(exported):
@@ -116,7 +120,8 @@ def test_extra_weights_are_found(exported, tmp_path, name):
     model = onnx.load(exported[0] / "model.onnx")
     model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 5), np.float32), name))
     onnx.save(model, tmp_path / "more.onnx")
-    expected = rf"export left {PARAMETERS - CONFIG.width + 20} weights in the graph, expected the backbone's"
+    left, right = PARAMETERS - CONFIG.width + 20, PARAMETERS - CONFIG.width
+    expected = rf"export left {left} weights in the graph, expected {right} of the backbone"
     with pytest.raises(ModelFileError, match=expected) as caught:
         prove_stripped(tmp_path / "more.onnx", unexported(), {"backbone": PARAMETERS, "heads": 20, "mask_token": 20})
     assert (f"training parts: {name}" in str(caught.value)) == (name != "hidden")
@@ -127,15 +132,15 @@ def test_missing_weights_are_found(exported, tmp_path):
     largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     model.graph.initializer.remove(largest)
     onnx.save(model, tmp_path / "less.onnx")
-    with pytest.raises(ModelFileError, match="weights in the graph, expected the backbone's"):
+    with pytest.raises(ModelFileError, match=r"weights in the graph, expected \d+ of the backbone"):
         prove_stripped(tmp_path / "less.onnx", unexported(), {"backbone": PARAMETERS})
 
 
 def test_equal_tensors_are_counted_once(checkpoint, tmp_path):
     fresh = build_student(CONFIG)  # all its norms and biases are alike, and the exporter merges them
     init_student_weights(fresh, torch.Generator().manual_seed(0))
-    model = exported_model(fresh.eval(), CONFIG.size, tuple(MEAN), tuple(STD))
-    write_onnx(model, tmp_path / "model.onnx", size=CONFIG.size, outputs=["embedding"])
+    model = ExportedModel(HumanModel(fresh, {}).eval(), tuple(MEAN), tuple(STD))
+    write_onnx(model, tmp_path / "model.onnx", size=CONFIG.size, outputs=("embedding",))
     assert prove_stripped(tmp_path / "model.onnx", model, {"backbone": PARAMETERS}).parameters_after < PARAMETERS
 
 
@@ -160,7 +165,7 @@ def test_swin(tmp_path, crops):
     assert manifest.stripped.parameters_before == backbone + 1000
     assert manifest.stripped.parameters_after == backbone - tables + biases
 
-    with pytest.raises(ConfigError, match=r"size \(80, 64\): expected positive multiples of the patch size 32"):
+    with pytest.raises(ConfigError, match=r"size 80x64: expected positive multiples of the patch size 32"):
         export(file, tmp_path / "other", ExportSettings(size=(80, 64)))
 
 
@@ -169,7 +174,7 @@ def test_another_size(checkpoint, tmp_path):
     assert manifest.input.size == (96, 64)
     assert manifest.provenance["checkpoint"]["weights"] == "backbone"
     assert open_backend(tmp_path / "bundle" / "model.onnx").inputs == {"images": (None, 96, 64, 3)}
-    with pytest.raises(ConfigError, match=r"size \(90, 64\): expected positive multiples of the patch size 16"):
+    with pytest.raises(ConfigError, match=r"size 90x64: expected positive multiples of the patch size 16"):
         export(checkpoint, tmp_path / "other", ExportSettings(size=(90, 64)))
 
 

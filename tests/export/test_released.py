@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpal_edge.export.bundle import check_parity, prove_stripped, torch_outputs
-from dpal_edge.export.onnx import exported_model, write_onnx
+from dpal_edge.export.onnx import ExportedModel, write_onnx
+from dpal_edge.export.proof import check_parity, prove_stripped, torch_outputs
+from dpal_edge.export.source import resize_model
 from dpal_edge.models.checkpoint import load_backbone
+from dpal_edge.models.human import HumanModel
 from dpal_edge.models.students import STUDENTS, build_student
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tests.models.test_swin import authors_layout
@@ -53,10 +55,11 @@ def test_released_vit_tiny_exports(tmp_path):
     backbone, metadata = load_backbone(write_released("vit_tiny", tmp_path)[1])
     size = (128, 96)  # another than that of the positions: they are resized in 1-D
     file = tmp_path / "model.onnx"
-    model = exported_model(backbone, size, IMAGENET_MEAN, IMAGENET_STD)
-    write_onnx(model, file, size=size, outputs=["embedding"])
+    reference = HumanModel(backbone, {}).eval()
+    model = ExportedModel(resize_model(reference, size), IMAGENET_MEAN, IMAGENET_STD)
+    write_onnx(model, file, size=size, outputs=("embedding",))
     after = prove_stripped(file, model, metadata["parameters"]).parameters_after
     assert after == 5_511_360 - 192 - (128 - 48) * 192  # the class token and its position are one; 48 patches
     crops = np.random.default_rng(0).integers(0, 256, (2, *size, 3)).astype(np.uint8)
-    parity = check_parity(file, crops, torch_outputs(backbone, crops, IMAGENET_MEAN, IMAGENET_STD), 1e-4)
+    parity = check_parity(file, crops, torch_outputs(reference, crops, IMAGENET_MEAN, IMAGENET_STD), 1e-4)
     assert parity.max_rel_error < 1e-5

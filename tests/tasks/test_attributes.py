@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpal_edge.errors import DataError
-from dpal_edge.tasks.attributes import attribute_metrics, read_attributes
+from dpal_edge.tasks.attributes import attribute_metrics, read_attribute_table
 from tests.tasks.layouts import ATTRIBUTES, write_attributes
 
 
@@ -14,7 +14,7 @@ def table(tmp_path):
 
 
 def test_reader(table):
-    split = read_attributes(table, "val")
+    split = read_attribute_table(table, "val")
     assert split.labels == ATTRIBUTES
     assert len(split.samples) == 16
     assert split.samples[3].image == table / "images" / "019.png"
@@ -23,39 +23,74 @@ def test_reader(table):
 
 def test_reader_needs_no_image_of_another_split(table):
     (table / "images" / "000.png").unlink()
-    assert len(read_attributes(table, "val").samples) == 16
-    with pytest.raises(DataError, match=r"attributes\.csv, line 2: no image .*000\.png"):
-        read_attributes(table, "train")
+    assert len(read_attribute_table(table, "val").samples) == 16
+    with pytest.raises(DataError, match=r"attributes\.csv: line 2: no image .*000\.png"):
+        read_attribute_table(table, "train")
+
+
+def test_reader_leaves_out_bad_rows_and_stops_at_many(tmp_path):
+    path = write_attributes(tmp_path, images=40) / "attributes.csv"
+    rows = path.read_text().splitlines()
+    rows[5] += ",1"  # one value too many
+    rows[7] = rows[7].replace(",train,", ",trial,")  # of another split
+    path.write_text("\n".join([*rows[:10], "", *rows[10:], rows[12]]) + "\n")
+    split = read_attribute_table(tmp_path, "train")
+    assert len(split.samples) == 38
+    assert split.problems == (
+        f"{path}: line 6: '{rows[5]}'; expected image, split and 3 values of 0 or 1",
+        f"{path}: line 83: images/011.png is in line 14 already; expected one row per image",
+    )
+    assert read_attribute_table(tmp_path, "val").problems == ()
+    path.write_text(path.read_text().replace(rows[20], "images/020.png"))  # of no split: of any
+    with pytest.raises(DataError, match=r"line 6: .* \(and 2 more of 40\); more than 5 % are bad"):
+        read_attribute_table(tmp_path, "train")
+
+
+def test_an_image_of_two_splits_belongs_to_the_first(table):
+    path = table / "attributes.csv"
+    path.write_text(path.read_text().replace("images/020.png", "images/003.png"))
+    with pytest.raises(DataError, match=r"line 22: images/003\.png is in line 5 already"):
+        read_attribute_table(table, "val")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new", "split", "message"),
     [
-        ("image,split", "file,split", "its columns are file, split, red, bright, never; expected attributes.csv with"),
-        ("red,bright", "red,red", "its columns are image, split, red, red, never"),
-        ("000.png,train,0", "000.png,train,2", "line 2: '.*000.png,train,2,0,0'; expected image, split and 3 values"),
-        ("000.png,train,0", "000.png,train", "line 2: .*expected image, split and 3 values"),
-        (",val,", ",test,", "no row has the split 'val'; there are: test, train"),
+        (
+            "image,split",
+            "file,split",
+            "val",
+            "its columns are file, split, red, bright, never; expected attributes.csv with",
+        ),
+        ("red,bright", "red,red", "val", "its columns are image, split, red, red, never"),
+        (
+            "000.png,train,0",
+            "000.png,train,2",
+            "train",
+            "line 2: '.*000.png,train,2,0,0'; expected image, split and 3 values",
+        ),
+        ("000.png,train,0", "000.png,train", "train", "line 2: .*expected image, split and 3 values"),
+        (",val,", ",test,", "val", "no row has the split 'val'; there are: test, train"),
     ],
 )
-def test_reader_names_what_is_wrong(table, old, new, message):
+def test_reader_names_what_is_wrong(table, old, new, split, message):
     path = table / "attributes.csv"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=message):
-        read_attributes(table, "val")
+        read_attribute_table(table, split)
 
 
 def test_reader_needs_a_table(table):
     path = table / "attributes.csv"
     path.write_text("")
     with pytest.raises(DataError, match="its columns are none"):
-        read_attributes(table, "val")
+        read_attribute_table(table, "val")
     path.write_text("image,split,red\n" + "x" * 200_000)
     with pytest.raises(DataError, match="not a table"):
-        read_attributes(table, "val")
+        read_attribute_table(table, "val")
     path.unlink()
     with pytest.raises(DataError, match=r"attributes\.csv: missing; expected"):
-        read_attributes(table, "val")
+        read_attribute_table(table, "val")
 
 
 def test_scores_by_hand():
@@ -95,6 +130,6 @@ def test_extremes():
 
 def test_reader_on_real_data(shared):
     folder = shared / "data" / "ccp"
-    assert len(read_attributes(folder, "train").samples) == 1679
-    val = read_attributes(folder, "val")
+    assert len(read_attribute_table(folder, "train").samples) == 1679
+    val = read_attribute_table(folder, "val")
     assert (len(val.samples), len(val.labels)) == (210, 16)

@@ -48,9 +48,13 @@ def test_without_a_list_the_classes_are_those_of_lip(tmp_path):
         (lambda lip: (lip / "val_images").rename(lip / "images"), "val_images: missing"),
         (
             lambda lip: (lip / "val_segmentations" / "val_3.png").unlink(),
-            r"names 'val_3', which is not in val_segmentations \(1 of 10 are missing\)",
+            r"val_id\.txt: line 4: names 'val_3', which is not in .*val_segmentations; expected the LIP.* 5 % are bad",
         ),
-        (lambda lip: (lip / "val_images" / "val_0.png").unlink(), "names 'val_0', which is not in val_images"),
+        (
+            lambda lip: (lip / "val_images" / "val_0.png").unlink(),
+            "line 1: names 'val_0', which is not in .*val_images",
+        ),
+        (lambda lip: (lip / "val_id.txt").write_text("val_1\n\nval_1\n"), "line 3: 'val_1' is listed before"),
         (lambda lip: (lip / "classes.txt").write_text("a\na\n"), r"classes\.txt: 2 names, 1 different"),
     ],
 )
@@ -58,6 +62,16 @@ def test_reader_names_what_is_wrong(lip, breaking, message):
     breaking(lip)
     with pytest.raises(DataError, match=message):
         read_lip(lip, "val")
+
+
+def test_reader_leaves_out_what_is_missing(tmp_path):
+    listing = write_lip(tmp_path, images=30) / "train_id.txt"
+    (tmp_path / "train_images" / "train_7.png").unlink()
+    split = read_lip(tmp_path, "train")
+    assert [sample.image.stem for sample in split.samples] == [f"train_{i}" for i in range(30) if i != 7]
+    assert all(sample.image.stem == sample.target.stem for sample in split.samples)
+    [problem] = split.problems
+    assert problem.startswith(f"{listing}: line 8: names 'train_7', which is not in {tmp_path / 'train_images'}")
 
 
 def test_masks_are_checked(lip, tmp_path):
@@ -100,6 +114,25 @@ def test_scores_agree_with_a_second_implementation():
         "pixel_accuracy": pytest.approx(accuracy_score(*flat)),
         "mean_accuracy": pytest.approx(balanced_accuracy_score(*flat)),
     }
+
+
+def test_scores_of_atr_by_hand():
+    confusion = np.array([[6, 0, 2, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])  # the third is only predicted
+    scores = parsing_metrics(confusion, "atr")
+    assert scores["foreground_accuracy"] == 3 / 4
+    assert scores["F1"] == pytest.approx((12 / 15 + 6 / 7 + 0) / 3)
+    assert list(scores)[:3] == list(parsing_metrics(confusion))
+
+
+def test_scores_of_atr_agree_with_a_second_implementation():
+    from sklearn.metrics import accuracy_score, f1_score
+
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 5, 2000).astype(np.uint8)
+    predicted = np.where(rng.random(2000) < 0.6, truth, rng.integers(0, 5, 2000))
+    scores = parsing_metrics(confusion_matrix(predicted, truth, 5), "atr")
+    assert scores["F1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
+    assert scores["foreground_accuracy"] == pytest.approx(accuracy_score(truth[truth > 0], predicted[truth > 0]))
 
 
 def test_nothing_labelled_is_an_error():

@@ -29,11 +29,21 @@ def test_reader_needs_no_other_split(market):
         read_market(market, "train")
 
 
-def test_reader_names_what_is_not_of_the_layout(market):
-    path = market / "query" / "holiday.jpg"
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"holiday\.jpg: its name tells no person and camera"):
-        read_market(market, "query")
+def test_reader_leaves_out_bad_names_and_stops_at_many(tmp_path):
+    query = write_market(tmp_path, people=40) / "query"
+    (query / "holiday.jpg").write_bytes(b"")
+    (query / "._0001_c1s1_000001_00.png").write_bytes(b"")
+    split = read_market(tmp_path, "query")
+    assert len(split.samples) == 40
+    [problem] = split.problems
+    assert problem.startswith(f"{query}: holiday.jpg: its name tells no person and camera; expected the Market-1501")
+    (query / "0001_x.jpg").write_bytes(b"")
+    (query / "-2_c1.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"-2_c1\.jpg: its name tells .* \(and 2 more of 43\); more than 5 % are bad"):
+        read_market(tmp_path, "query")
+
+
+def test_reader_needs_people(market):
     (market / "empty" / "query").mkdir(parents=True)
     with pytest.raises(DataError, match="query: no images of people"):
         read_market(market / "empty", "query")
@@ -69,11 +79,15 @@ def test_scores_do_not_depend_on_lengths_or_order_and_agree_with_a_second_implem
     query, gallery = slice(300), slice(100, 400)
     scores = retrieval_metrics(features[query], features[gallery], identities[query], identities[gallery])
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    expected = []
+    expected, ahead = [], []
     for i in range(300):
         kept = [j for j in range(100, 400) if not (people[i] == people[j] and cameras[i] == cameras[j])]
-        expected.append(average_precision_score(people[kept] == people[i], unit[kept] @ unit[i]))
+        near, same = unit[kept] @ unit[i], people[kept] == people[i]
+        expected.append(average_precision_score(same, near))
+        ahead.append((near[~same] > near[same].max()).sum())
     assert scores["mAP"] == pytest.approx(np.mean(expected), abs=1e-6)
+    for k in (1, 5):  # the best match is among the first k where fewer than k others are nearer
+        assert scores[f"rank-{k}"] == np.mean(np.array(ahead) < k)
 
     order = rng.permutation(300)
     longer = features[gallery][order] * rng.uniform(0.1, 9, (300, 1)).astype(np.float32)

@@ -378,8 +378,8 @@ def test_learning_rate_and_ema_by_hand(config):
     assert rates[10] == max(rates) == 0.25
     assert rates[55] == pytest.approx(0.125)
     assert rates[99] < 1e-3
-    assert ema_decay(1, config) == 2 / 11
-    assert ema_decay(10**9, config) == config.ema_decay
+    assert ema_decay(1, config.ema_decay) == 2 / 11
+    assert ema_decay(10**9, config.ema_decay) == config.ema_decay
     ema, source = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     expected = 0.75 * ema.weight + 0.25 * source.weight
     update_ema(ema, source, 0.75)

@@ -1,0 +1,100 @@
+"""Proof of what was written: its weights are the model's and no other, its outputs are those of torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dpal_edge.errors import ModelFileError, ParityError
+from dpal_edge.export.crops import Crops
+from dpal_edge.export.onnx import INPUT_NAME, count_parameters
+from dpal_edge.export.source import head_outputs
+from dpal_edge.manifest import Parity, Stripped
+from dpal_edge.models.human import HumanModel
+from dpal_edge.models.vit import normalize
+from dpal_edge.runtime.backend import Backend, open_backend
+
+Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
+_BATCH = 8
+
+
+@torch.no_grad()
+def torch_outputs(model: HumanModel, crops: Crops, mean: tuple[float, ...], std: tuple[float, ...]) -> Outputs:
+    """Return the outputs of the unexported model in float32 for uint8 ``crops`` (n, H, W, 3), by name."""
+    parts = []
+    for chunk in torch.split(torch.from_numpy(crops).permute(0, 3, 1, 2), _BATCH):
+        parts.append(head_outputs(model.heads, model.backbone(normalize(chunk, mean, std))))
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+
+def prove_stripped(file: Path, model: nn.Module, before: dict[str, int]) -> Stripped:
+    """Count the weights in the written graph; they must be those of ``model`` and nothing else.
+
+    Args:
+        file: the written graph.
+        model: what was written; its parameters' names begin with the parts that are kept.
+        before: the number of values in each part of the network that was trained; all others must be gone.
+
+    Raises:
+        ModelFileError: the graph holds another number of weights, or a tensor with a training part's name.
+    """
+    constants = {name for name, _ in model.named_buffers()}  # such as the places of a grid
+    counts = {name: count for name, count in count_parameters(file).items() if name not in constants}
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters() if p.numel() > 1}
+    kept = {name.split(".")[0] for name in weights}
+    left = [name for name in counts if name.split(".")[0] in before.keys() - kept]
+    after = sum(counts.values())
+    expected = sum({value.tobytes(): value.size for value in weights.values()}.values())  # equal ones once
+    if left or after != expected:
+        raise ModelFileError(
+            f"export left {after} weights in the graph, expected {expected} of the {' and the '.join(sorted(kept))}"
+            f"{'; training parts: ' + ', '.join(left) if left else ''}; this is a bug, please report it"
+        )
+    removed = {part: count for part, count in before.items() if part not in kept and count}
+    return Stripped(parameters_before=sum(before.values()), parameters_after=after, removed=removed)
+
+
+def check_parity(file: Path, crops: Crops, reference: Outputs, tolerance: float) -> Parity:
+    """Run the written file on ``crops``, singly and in batches, against ``reference``.
+
+    Raises:
+        ParityError: the largest error of a head over its largest reference value is above ``tolerance``.
+    """
+    backend = open_backend(file)
+    batches = _run(backend, crops, _BATCH)
+    single = _run(backend, crops[:4], 1)
+    errors = {
+        name: float(np.abs(np.concatenate([batches[name] - expected, single[name] - expected[:4]])).max())
+        for name, expected in reference.items()
+    }
+    relative = {name: error / float(np.abs(reference[name]).max()) for name, error in errors.items()}
+    worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
+    parity = Parity(
+        backend=backend.name,
+        images=len(crops),
+        max_abs_error=errors[worst],
+        max_rel_error=relative[worst],
+        min_cosine=min(_least_cosine(batches[name], expected) for name, expected in reference.items()),
+        tolerance=tolerance,
+        head=worst,
+    )
+    if not parity.max_rel_error <= tolerance:  # also when it is not a number
+        raise ParityError(
+            f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output of {worst!r} "
+            f"on {len(crops)} crops, tolerance {tolerance:.0e} ({backend.name}); nothing was written"
+        )
+    return parity
+
+
+def _run(backend: Backend, crops: Crops, batch: int) -> Mapping[str, NDArray[np.float32]]:
+    parts = [backend.run({INPUT_NAME: crops[start : start + batch]}) for start in range(0, len(crops), batch)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _least_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return the least cosine similarity of an image's output with its reference."""
+    a, b = found.reshape(len(found), -1), expected.reshape(len(expected), -1)
+    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

@@ -1,0 +1,47 @@
+"""Training of an attribute head."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpal_edge.finetune.augment import Augmentation
+from dpal_edge.finetune.objective import Example, Values
+from dpal_edge.finetune.objectives.crops import CropObjective
+from dpal_edge.models.head_config import HeadConfig
+from dpal_edge.tasks.attributes import Flags
+from dpal_edge.tasks.labels import flip_pairs
+from dpal_edge.tasks.sample import Split
+
+
+class AttributeObjective(CropObjective[Flags]):
+    """Binary cross-entropy weighted by rarity: exp(1 - r) where an attribute is there, exp(r) where it is not.
+
+    r is the share of the training people who have it. Summed over attributes, averaged over people.
+
+    Source: Li et al., 2015 (DeepMAR), in the form of Tan et al., 2020 (JLAC).
+    """
+
+    task = "attributes"
+    ratio: Tensor
+
+    def __init__(self, split: Split[Flags], size: tuple[int, int], augmentation: Augmentation, kind: str) -> None:
+        super().__init__(split, size, augmentation)
+        self.head = HeadConfig(task=self.task, kind=kind, labels=split.labels)
+        flags = np.stack([sample.target for sample in split.samples])
+        self.register_buffer("ratio", torch.from_numpy(flags.mean(0)).float())
+        self._swapped = np.arange(len(split.labels))
+        for one, other in flip_pairs(split.labels):
+            self._swapped[[one, other]] = other, one
+
+    def example(self, index: int, rng: np.random.Generator | None) -> Example:
+        """Return "image" and "flags" (A,), bool."""
+        sample = self.split.samples[index]
+        image, warp = self.view(sample, rng)
+        return {"image": image, "flags": sample.target[self._swapped] if warp.flipped else sample.target}
+
+    def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
+        """Return "loss"."""
+        logits, flags = head(tokens).float(), batch["flags"].float()
+        weight = torch.exp(torch.where(flags > 0, 1 - self.ratio, self.ratio))
+        return {"loss": (F.binary_cross_entropy_with_logits(logits, flags, reduction="none") * weight).sum(1).mean()}

@@ -1,0 +1,51 @@
+"""What the tasks on person crops share: where examples come from, and how an image becomes a view."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from dpal_edge.finetune.augment import Augmentation, Warp, change_colours, draw_warp, plain_warp
+from dpal_edge.finetune.objective import epoch_order
+from dpal_edge.tasks.image import Pixels, open_image
+from dpal_edge.tasks.sample import Sample, Split
+
+Target = TypeVar("Target")
+
+
+class CropObjective(nn.Module, Generic[Target]):
+    """A split of person crops, and the views that training takes of them."""
+
+    def __init__(self, split: Split[Target], size: tuple[int, int], augmentation: Augmentation) -> None:
+        super().__init__()
+        self.split, self.size, self.augmentation = split, size, augmentation
+        self.problems = split.problems
+
+    def __len__(self) -> int:
+        """Return the number of examples of an epoch."""
+        return len(self.split.samples)
+
+    def indices(self, step: int, count: int, seed: int) -> Sequence[int]:
+        """Return which examples update ``step`` looks at."""
+        return epoch_order(len(self), step, count, seed)
+
+    def file(self, index: int) -> Path:
+        """Return the image file of an example."""
+        return self.split.samples[index].image
+
+    def view(self, sample: Sample[Any], rng: np.random.Generator | None) -> tuple[Pixels, Warp]:
+        """Return a view (H, W, 3) of a sample and the warp that led to it; the plain crop without ``rng``.
+
+        Raises:
+            DataError: the image cannot be read.
+        """
+        image: Image.Image = open_image(sample.image, "RGB")
+        box = sample.box or (0.0, 0.0, float(image.width), float(image.height))
+        if rng is None:
+            warp = plain_warp(box, self.size)
+            return warp.image(image), warp
+        warp = draw_warp(box, self.size, self.augmentation, rng)
+        return change_colours(warp.image(image), self.augmentation, rng), warp

@@ -1,0 +1,199 @@
+"""Training of a person detector: which locations answer for whom, and the loss of their boxes and scores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss
+
+from dpal_edge.errors import ConfigError
+from dpal_edge.finetune.augment import Augmentation, change_colours
+from dpal_edge.finetune.crowds import Crowds
+from dpal_edge.finetune.frames import IGNORED, PERSON, Frame, draw_view
+from dpal_edge.finetune.objective import Example, Values, epoch_order
+from dpal_edge.models.head_config import HeadConfig
+from dpal_edge.tasks.detection import People
+from dpal_edge.tasks.image import open_image
+from dpal_edge.tasks.letterbox import letterbox, to_input
+from dpal_edge.tasks.sample import Sample, Split
+
+_CHANNELS = 128  # of the head
+_MOST = 256  # boxes of an example, the largest; more are not in any view of the data sets known here
+_ON_BACKGROUND = 0.7  # share of crowds that stand on a background rather than among the people of a frame
+_TOP = 13  # locations that may answer for one person
+_SCORE_POWER, _OVERLAP_POWER = 0.5, 6.0  # of the alignment of a location with a person
+_EASY = 0.75  # weight of an empty location, times its squared score
+_BOX_WEIGHT = 2.0
+_COLOURS = Augmentation(colour=0.2, grey=0.05, low_resolution=0.15)
+
+
+class DetectionObjective(nn.Module):
+    """Whole frames, real and synthetic: varifocal loss of the logit, generalised IoU of the box.
+
+    The locations that answer for a person are the 13 within the box whose score and overlap agree best, so a box that
+    fits gets a score to match. Boxes to ignore hold nobody and are no background either.
+
+    Source: task-aligned assignment, TOOD (Feng et al., 2021); varifocal loss, Zhang et al., 2021. Differs: powers 0.5
+    and 6 as later detectors use them; people narrower than a cell are as wide as the cell when locations are chosen;
+    weights pass from people to background with the quality, else those that hardly fit would be free to score high.
+    """
+
+    task = "detection"
+
+    def __init__(
+        self,
+        split: Split[People],
+        size: tuple[int, int],
+        *,
+        paste: Path | None,
+        backgrounds: Path | None,
+        paste_share: float = 0.5,
+    ) -> None:
+        """Look the data up.
+
+        Args:
+            split: frames with boxes.
+            size: height, width of the input.
+            paste: masked people that become crowds, as ``Crowds`` reads them; None makes no crowds.
+            backgrounds: images without people, for those crowds; without, they join the people of the frames.
+            paste_share: share of the examples that are crowds.
+
+        Raises:
+            DataError: a folder is missing or empty, or too many of the masked people cannot be used.
+            ConfigError: backgrounds, but nobody to put on them.
+        """
+        super().__init__()
+        if backgrounds and not paste:
+            raise ConfigError(
+                f"backgrounds {backgrounds}: nobody to put there; name a folder of masked people as paste"
+            )
+        self.split, self.size = split, size
+        self.head = HeadConfig(task=self.task, kind="pyramid", labels=("person",), channels=_CHANNELS)
+        self._crowds = Crowds(paste, backgrounds) if paste else None
+        self.problems = split.problems + (self._crowds.problems if self._crowds else ())
+        self._paste_share = paste_share
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return len(self.split.samples)
+
+    def indices(self, step: int, count: int, seed: int) -> Sequence[int]:
+        """Return which examples update ``step`` looks at."""
+        return epoch_order(len(self), step, count, seed)
+
+    def file(self, index: int) -> Path:
+        """Return the image file of an example."""
+        return self.split.samples[index].image
+
+    def example(self, index: int, rng: np.random.Generator | None) -> Example:
+        """Return "image", "boxes" (256, 4) in pixels of it, and "kind" (256,): 1 person, 2 to ignore, 0 no box.
+
+        Boxes come first, the largest first.
+
+        Raises:
+            DataError: an image cannot be read, the frame's or one that a crowd is made of.
+        """
+        sample = self.split.samples[index]
+        frame = _plain(sample, self.size) if rng is None else self._draw(sample, rng)
+        area = np.prod(frame.boxes[:, 2:] - frame.boxes[:, :2], axis=1)
+        order = np.argsort(-area, kind="stable")[:_MOST]
+        boxes, kind = np.zeros((_MOST, 4), np.float32), np.zeros(_MOST, np.int8)
+        boxes[: len(order)], kind[: len(order)] = frame.boxes[order], frame.kinds[order]
+        return {"image": frame.pixels, "boxes": boxes, "kind": kind}
+
+    def _draw(self, sample: Sample[People], rng: np.random.Generator) -> Frame:
+        crowded = self._crowds is not None and rng.random() < self._paste_share
+        if self._crowds and crowded and self._crowds.backgrounds and rng.random() < _ON_BACKGROUND:
+            frame = self._crowds.background(self.size, rng)
+        else:
+            image: Image.Image = open_image(sample.image, "RGB")
+            view = draw_view((image.height, image.width), self.size, rng)
+            frame = Frame(view.image(image), *view.people(*_within(sample.target, (image.height, image.width))))
+        if self._crowds and crowded:
+            frame = self._crowds.paste(frame, rng)
+        return Frame(change_colours(frame.pixels, _COLOURS, rng), frame.boxes, frame.kinds)
+
+    def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
+        """Return "loss" and its parts "quality" and "box", per answering location, weighted by how well it fits."""
+        raw = head(tokens).float()
+        kind = batch["kind"]
+        count = max(int((kind != 0).sum(1).max()), 1)
+        people, kind = batch["boxes"][:, :count], kind[:, :count]
+        boxes, logits, centres = raw[..., :4], raw[..., 4], head.get_buffer("centres")
+        person, quality = assign(boxes, logits, centres, head.get_buffer("strides"), people, kind == PERSON)
+        empty = 1 - quality  # as far as a location answers for nobody, it is background, unless nobody knows
+        empty = empty.masked_fill(_inside(centres, people, kind == IGNORED).any(1), 0)
+        weight = quality + _EASY * empty * logits.detach().sigmoid().square()
+        total = quality.sum().clamp(min=1)
+        losses = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+        answers = quality > 0
+        truth = people.gather(1, person[..., None].expand(-1, -1, 4))[answers]
+        gaps = generalized_box_iou_loss(boxes[answers], truth)
+        parts = {"quality": (losses * weight).sum() / total, "box": (gaps * quality[answers]).sum() / total}
+        return {"loss": parts["quality"] + _BOX_WEIGHT * parts["box"], **parts}
+
+
+@torch.no_grad()
+def assign(
+    boxes: Tensor, logits: Tensor, centres: Tensor, strides: Tensor, people: Tensor, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose the locations that answer for each person.
+
+    Args:
+        boxes: (B, N, 4), predicted.
+        logits: (B, N).
+        centres: (N, 2) of the locations, x and y.
+        strides: (N, 1).
+        people: (B, M, 4).
+        real: (B, M) bool, false where a row of ``people`` is no person.
+
+    Returns:
+        Which of the M people each location answers for (B, N), and the score it is to have (B, N): for the best of a
+        person the IoU of its box, for the others less as they are less aligned, and 0 for those that answer for nobody.
+    """
+    overlap = pairwise_iou(people, boxes)  # (B, M, N)
+    aligned = logits.sigmoid()[:, None] ** _SCORE_POWER * overlap**_OVERLAP_POWER
+    aligned = aligned * _inside(centres, people, real, least=strides)
+    least = aligned.topk(min(_TOP, aligned.shape[2]), dim=2).values[..., -1:]
+    answers = (aligned >= least) & (aligned > 0)
+    # A location among several people's takes the one it overlaps most.
+    person = torch.where(answers, overlap, -1).argmax(1)
+    answers &= F.one_hot(person, people.shape[1]).mT.bool()
+    aligned = aligned * answers
+    best = (overlap * answers).amax(2, keepdim=True)
+    quality = aligned / aligned.amax(2, keepdim=True).clamp(min=1e-12) * best
+    return person, quality.amax(1)
+
+
+def _inside(centres: Tensor, boxes: Tensor, real: Tensor, least: Tensor | None = None) -> Tensor:
+    """Return (B, M, N) where a location lies in a real box, which counts as ``least`` (N, 1) wide and high at least."""
+    middle, half = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2
+    reach = half[:, :, None] if least is None else torch.maximum(half[:, :, None], least / 2)
+    return ((centres - middle[:, :, None]).abs() <= reach).all(-1) & real[..., None]
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the intersection over union (B, M, N), 0..1, of boxes (B, M, 4) and (B, N, 4)."""
+    low = torch.maximum(a[:, :, None, :2], b[:, None, :, :2])
+    high = torch.minimum(a[:, :, None, 2:], b[:, None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1) for boxes in (a, b)]
+    return shared / (areas[0][:, :, None] + areas[1][:, None] - shared).clamp(min=1e-9)
+
+
+def _plain(sample: Sample[People], size: tuple[int, int]) -> Frame:
+    pixels = np.asarray(open_image(sample.image, "RGB"))
+    height, width = pixels.shape[:2]
+    boxes, kinds = _within(sample.target, (height, width))
+    return Frame(letterbox(pixels, size), to_input(boxes, (height, width), size), kinds)
+
+
+def _within(people: People, frame: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Return boxes and kinds, clipped to a frame of (height, width): some sets guess where people go on outside."""
+    boxes: NDArray[np.float32] = np.clip(people.boxes, 0, [frame[1], frame[0]] * 2).astype(np.float32)
+    return boxes, np.where(people.ignore, IGNORED, PERSON).astype(np.int8)

@@ -1,0 +1,217 @@
+"""What a run starts from: the backbone, the tasks' data, and the heads that fit both."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.files import find_images
+from dpal_edge.finetune.config import FinetuneConfig
+from dpal_edge.finetune.embedding_teacher import EmbeddingTeacher
+from dpal_edge.finetune.objective import Objective
+from dpal_edge.finetune.objectives.attributes import AttributeObjective
+from dpal_edge.finetune.objectives.parsing import ParsingObjective
+from dpal_edge.finetune.objectives.pose import PoseObjective
+from dpal_edge.finetune.objectives.reid import EmbeddingObjective, IdentityObjective
+from dpal_edge.models.checkpoint import is_ours, load_backbone, read_newest
+from dpal_edge.models.encoders import SwinEncoder, VitEncoder
+from dpal_edge.models.human import HumanModel, load_human
+from dpal_edge.models.opening import open_teacher
+from dpal_edge.models.students import (
+    STUDENTS,
+    Student,
+    build_student,
+    init_student_weights,
+    resize_student,
+    student_config,
+)
+from dpal_edge.models.teacher_spec import parse_spec
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
+from dpal_edge.tasks.sample import Sample, Split
+from dpal_edge.tasks.table import TASKS, parse_tasks
+
+_GRID = (16, 8)  # patches of a person crop, unless a size is given
+_RANDOM = "random:"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A backbone to begin with."""
+
+    backbone: Student
+    name: str  # architecture, for example vit_tiny
+    facts: dict[str, Any]  # mean, std, teachers (passports of what it was distilled from) and what else is known
+    heads: dict[str, nn.Module]  # trained before, by task
+
+
+def open_init(config: FinetuneConfig) -> Start:
+    """Open what ``config.init`` names.
+
+    Raises:
+        ConfigError, ModelFileError: it is unknown, missing or damaged, or not a ViT or Swin of this project.
+    """
+    name = config.init
+    if name.startswith(_RANDOM):
+        student = name.removeprefix(_RANDOM)
+        if student not in STUDENTS:
+            raise ConfigError(f"init {name!r}: no student {student!r}, expected one of: {', '.join(STUDENTS)}")
+        backbone = build_student(student_config(student, STUDENTS[student].size))
+        init_student_weights(backbone, torch.Generator().manual_seed(config.seed))
+        return Start(backbone, student, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "teachers": []}, {})
+    path = Path(name)
+    path = read_newest(path)[0] if path.is_dir() else path
+    if path.suffix == ".safetensors" and path.is_file() and is_ours(path):
+        backbone, facts = load_backbone(path)
+        heads = dict(load_human(path)[0].heads.items()) if facts.get("heads") else {}
+        return Start(backbone, facts["student"], facts, heads)
+    encoder, origin = open_teacher(parse_spec(name))
+    if not isinstance(encoder, VitEncoder | SwinEncoder):
+        raise ConfigError(f"init {name!r}: timm's own models cannot be fine-tuned here; give the weights as FILE")
+    backbone = encoder.vit if isinstance(encoder, VitEncoder) else encoder.swin
+    family = origin.family
+    facts = {"mean": family.mean, "std": family.std, "teachers": [], "origin": {"file": name, "sha256": origin.sha256}}
+    facts["origin"] |= {"family": family.name, "licence": family.licence, "limits": family.limits}
+    return Start(backbone, f"{config_family(backbone)} of width {backbone.config.width}", facts, {})
+
+
+def config_family(backbone: Student) -> str:
+    """Name the family of a backbone."""
+    return "vit" if isinstance(backbone, VisionTransformer) else "swin"
+
+
+def open_objectives(config: FinetuneConfig, size: tuple[int, int]) -> tuple[dict[str, Objective], dict[str, Objective]]:
+    """Read the tasks' data; return the objectives to train, and those of the held-out images.
+
+    Raises:
+        DataError: a folder is of no known layout, or more of its annotations are bad than is tolerated.
+    """
+    train: dict[str, Objective] = {}
+    held: dict[str, Objective] = {}
+    for task, folder in parse_tasks(config.task).items():
+        split = _read(task, folder, config)
+        kept, out = _hold_out(split, config.validation_images, config.seed)
+        train[task] = _objective(task, kept, config, size)
+        if out.samples:
+            held[task] = _objective(task, out, config, size)
+    return train, held
+
+
+def _read(task: str, folder: Path, config: FinetuneConfig) -> Split[Any]:
+    if task == "reid" and config.reid_teacher:
+        return Split(tuple(Sample(path, None) for path in find_images((str(folder),)).paths))
+    return TASKS[task].read(folder, "train")
+
+
+def _hold_out(split: Split[Any], count: int, seed: int) -> tuple[Split[Any], Split[Any]]:
+    """Hold ``count`` samples out, at most a tenth; labelled identities stay whole, since they need their batches."""
+    total = len(split.samples)
+    count = min(count, total // 10)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    if split.samples and hasattr(split.samples[0].target, "person"):
+        chosen = set()
+    parts = [tuple(s for i, s in enumerate(split.samples) if (i in chosen) == held) for held in (False, True)]
+    return replace(split, samples=parts[0]), replace(split, samples=parts[1])
+
+
+def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple[int, int]) -> Objective:
+    augmentation = config.augmentation(task)
+    if task == "pose":
+        return PoseObjective(split, size, augmentation, config.pose_head)
+    if task == "parsing":
+        return ParsingObjective(split, size, augmentation, config.parsing_head, config.parsing_channels)
+    if task == "attributes":
+        return AttributeObjective(split, size, augmentation, config.attribute_head)
+    if task == "reid" and config.reid_teacher:
+        teacher = EmbeddingTeacher.open(config.reid_teacher)
+        return EmbeddingObjective([s.image for s in split.samples], size, augmentation, teacher, config.mix)
+    if task == "reid":
+        return IdentityObjective(split, size, augmentation, config.embedding_channels)
+    detection = import_module("dpal_edge.finetune.objectives.detection")
+    objective: Objective = detection.DetectionObjective(
+        split,
+        config.detection_size,
+        paste=Path(config.paste) if config.paste else None,
+        backgrounds=Path(config.backgrounds) if config.backgrounds else None,
+        paste_share=config.paste_share,
+    )
+    return objective
+
+
+def build_model(start: Start, objectives: Mapping[str, Objective], config: FinetuneConfig) -> HumanModel:
+    """Put a head for each task on the backbone; heads that the init has for the same labels keep their weights.
+
+    Raises:
+        ConfigError: the tasks' images are of different sizes, or not of whole patches.
+    """
+    sizes = {objective.size for objective in objectives.values()}
+    if len(sizes) > 1:
+        raise ConfigError(
+            "detection sees whole frames and the other tasks person crops: one model has one input size, so train "
+            "detection in a run of its own"
+        )
+    [size] = sizes
+    torch.manual_seed(config.seed)  # of the new heads
+    backbone = resize_student(start.backbone, size, window=config.window)
+    if isinstance(backbone, VisionTransformer):
+        backbone.set_drop_path(config.drop_path)
+    model = HumanModel(backbone, {task: objective.head for task, objective in objectives.items()})
+    for task, head in start.heads.items():
+        if task in model.heads and _fits(head, model.heads[task]):
+            model.heads[task].load_state_dict(head.state_dict())
+    _freeze(model, config)
+    return model
+
+
+def _fits(old: nn.Module, new: nn.Module) -> bool:
+    shapes = [{name: value.shape for name, value in head.state_dict().items()} for head in (old, new)]
+    return type(old) is type(new) and shapes[0] == shapes[1]
+
+
+def _freeze(model: HumanModel, config: FinetuneConfig) -> None:
+    backbone = model.backbone
+    if config.freeze_backbone:
+        backbone.requires_grad_(False)
+        return
+    if not config.freeze_blocks:
+        return
+    if not isinstance(backbone, VisionTransformer) or config.freeze_blocks > len(backbone.blocks):
+        raise ConfigError(f"freeze_blocks is {config.freeze_blocks}, expected blocks of a ViT, at most its depth")
+    for name, parameter in backbone.named_parameters():
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        if name != "norm.weight" and name != "norm.bias" and (block is None or block < config.freeze_blocks):
+            parameter.requires_grad_(False)
+
+
+def crop_size(config: FinetuneConfig, backbone: Student) -> tuple[int, int]:
+    """Return height and width of person crops: as set, the students' own, or 16x8 patches of another ViT."""
+    patch = backbone.config.patch_size
+    if config.size is not None:
+        if any(side <= 0 or side % patch for side in config.size):
+            raise ConfigError(f"size is {config.size}, expected positive multiples of the patch size {patch}")
+        return config.size
+    own = backbone.config.size
+    return own if own[0] == 2 * own[1] else (_GRID[0] * patch, _GRID[1] * patch)
+
+
+def digest(objectives: Mapping[str, Objective]) -> str:
+    """Return a hash of the files to train on, in order."""
+    files = (str(objective.file(i)) for objective in objectives.values() for i in range(len(objective)))
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def check_examples(objectives: Sequence[Objective]) -> None:
+    """Refuse a task without an example.
+
+    Raises:
+        DataError: it has none.
+    """
+    for objective in objectives:
+        if not len(objective):
+            raise DataError(f"{objective.task}: no example to train on")

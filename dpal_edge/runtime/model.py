@@ -1,0 +1,122 @@
+"""The model of a bundle, opened: images in, the raw output of every head out, as its manifest promises."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.manifest import Artifact, HeadSpec, Manifest
+from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
+
+_MAX_BATCH = 32  # images per pass: bounds the memory a crowd can take
+
+Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
+
+
+class Model:
+    """A backend that has shown that it keeps a manifest's contract. Use it from one thread at a time."""
+
+    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+        """Most callers want ``open``; the backend must be loaded from an artifact of the manifest.
+
+        Raises:
+            ModelFileError: the model has other inputs or outputs than its manifest says.
+        """
+        self.name = backend.name
+        self.manifest = manifest
+        self._backend: Backend | None = backend
+        _check_inputs(backend, manifest)
+        # Outputs can only be seen by running; this is also the slow first pass of most engines.
+        self.run(np.zeros((1, *manifest.input.size, 3), np.uint8))
+
+    @classmethod
+    def open(
+        cls, bundle: Path, *, engine: str | None = None, device: str = "cpu", threads: int | None = None
+    ) -> "Model":
+        """Load the first artifact of ``bundle`` that can run here, after checking its hashes.
+
+        Args:
+            bundle: folder written by ``dpal-edge export``, or a manifest by its name.
+            engine: by default the first one installed that reads the artifact.
+            threads: CPU threads inside one operator; by default one per physical core.
+
+        Raises:
+            ModelFileError: the bundle is damaged, or its model does not fit its manifest.
+            BackendUnavailable: no engine here runs any of its artifacts.
+        """
+        manifest = Manifest.read(bundle)
+        path = manifest.open_artifact(bundle, _choose(bundle, manifest, engine))
+        return cls(open_backend(path, engine=engine, device=device, threads=threads), manifest)
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Map uint8 RGB images (n, H, W, 3) of the model's size to every head's output (n, ...); n may be 0.
+
+        Raises:
+            ModelFileError: an output is not of the manifest's shape.
+            ValueError: the model is closed.
+        """
+        if self._backend is None:
+            raise ValueError("the model is closed; open it again")
+        parts = []
+        for start in range(0, len(images), _MAX_BATCH):
+            batch = images[start : start + _MAX_BATCH]
+            parts.append(self._backend.run({self.manifest.input.name: batch}))
+            for head in self.manifest.heads:
+                _check_output(head, parts[-1], len(batch))
+        if len(parts) == 1:
+            return parts[0]
+        empty = {head.name: np.empty((0, *head.shape), np.float32) for head in self.manifest.heads}
+        return {name: np.concatenate([array, *(part[name] for part in parts)]) for name, array in empty.items()}
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._backend = None
+
+
+def check_images(array: NDArray[np.uint8], name: str, shape: tuple[int | str, ...]) -> None:
+    """Raise unless ``array`` is uint8 of this shape; a named axis may have any length, but only "n" may be empty.
+
+    Raises:
+        TypeError, ValueError: it is not; ``name`` is what the caller calls it.
+    """
+    expected = f"({', '.join(map(str, shape))})"
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is {type(array).__name__}, expected a numpy array {expected} of uint8")
+    if array.dtype != np.uint8:
+        raise TypeError(f"{name} holds {array.dtype}, expected uint8 in 0..255")
+    axes = zip(array.shape, shape, strict=False)
+    fits = all(length == axis if isinstance(axis, int) else length or axis == "n" for length, axis in axes)
+    if array.ndim != len(shape) or not fits:
+        raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+
+
+def _choose(bundle: Path, manifest: Manifest, engine: str | None) -> Artifact:
+    for artifact in manifest.artifacts:
+        readers = ENGINES.get(Path(artifact.file.file).suffix, ())
+        if readers and engine in (None, *readers):
+            return artifact
+    targets = ", ".join(artifact.target for artifact in manifest.artifacts) or "nothing"
+    known = sorted({name for readers in ENGINES.values() for name in readers})
+    raise BackendUnavailable(
+        f"{bundle}: holds {targets}, which {f'{engine} cannot' if engine else 'no engine here can'} run; "
+        f"engines here: {', '.join(known)}"
+    )
+
+
+def _check_inputs(backend: Backend, manifest: Manifest) -> None:
+    expected = {manifest.input.name: (None, *manifest.input.size, 3)}
+    if dict(backend.inputs) != expected:
+        raise ModelFileError(
+            f"the model takes {dict(backend.inputs)}, its manifest says {expected} (None: any number of images); "
+            f"export the bundle again"
+        )
+
+
+def _check_output(head: HeadSpec, outputs: Outputs, count: int) -> None:
+    found = outputs[head.name].shape if head.name in outputs else "nothing"
+    if found != (count, *head.shape):
+        raise ModelFileError(
+            f"the model gives {found} as {head.name!r}, its manifest says {(count, *head.shape)}; "
+            f"export the bundle again"
+        )

@@ -1,0 +1,169 @@
+"""Make the models that the package ships, from the data beside the repository to the files in ``dpal_edge/assets``.
+
+    python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
+
+Steps: footage, teacher, distil, student, detector, pack; all by default. Each continues where it was interrupted, and
+what is finished is not done again. Settings lie beside this file; hours on two CPU cores, minutes on a GPU.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dpal_edge import __version__
+from dpal_edge.demo.teacher import LICENCE, write_teacher
+from dpal_edge.files import write_text
+from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from dpal_edge.models.human import load_human
+
+HERE = Path(__file__).parent
+ASSETS = HERE.parents[1] / "dpal_edge" / "assets"
+STEPS = ("footage", "teacher", "distil", "student", "detector", "pack")
+# Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
+VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
+PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
+LIMITS = (
+    "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
+    "Co-Parsing; COCO samples) and on video (PETS 2009; Intel's sample clips, CC BY 4.0): for research and evaluation."
+)
+
+
+class Maker:
+    """Folders of one making."""
+
+    def __init__(self, shared: Path, work: Path) -> None:
+        self.data, self.work = shared / "data", work
+        self.omz = self.data / "peers" / "omz"
+
+    def footage(self) -> None:
+        """Cut people out of the clips, and put all unlabelled crops into one folder."""
+        name = "pedestrian-detection-adas-0002"
+        videos = [str(self.data / "videos" / video) for video in VIDEOS]
+        detector = self.omz / name / "FP16" / f"{name}.xml"
+        _python(HERE / "footage.py", "--detector", detector, "--out", self.work / "footage", *videos)
+        for source in (self.data / "lspet" / "train", self.data / "ccp" / "train_images", self.work / "footage/crops"):
+            folder = self.work / "unlabelled" / f"{source.parent.name}_{source.name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for image in source.iterdir():
+                (folder / image.name).unlink(missing_ok=True)
+                (folder / image.name).symlink_to(image.resolve())
+
+    def teacher(self) -> None:
+        """Train the teacher."""
+        base = self.work / "vit_small.safetensors"
+        if not base.exists():
+            write_teacher(base)
+        self._finetune("teacher", base)
+
+    def distil(self) -> None:
+        """Distil the student from the teacher, with DPAL."""
+        run = self.work / "distil"
+        _command("train", "--teacher", list_checkpoints(self.work / "teacher")[-1], "--data", self.work / "unlabelled",
+                 "--out", run, "--config", HERE / "distil.yaml", "--set", f"backgrounds={self.data / 'backgrounds'}",
+                 *_resume(run))  # fmt: skip
+
+    def student(self) -> None:
+        """Put the heads on the student."""
+        self._finetune("student", self.work / "distil")
+
+    def detector(self) -> None:
+        """Train the detector."""
+        run = self.work / "detector"
+        paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
+        frames = join_frames(
+            {self.data / "coco_person": "train2017", self.work / "footage": "train"}, self.work / "frames"
+        )
+        _command("finetune", "--init", self.work / "distil", "--task", f"detection={frames}", "--out", run,
+                 "--config", HERE / "detector.yaml", *paste, *_resume(run))  # fmt: skip
+
+    def pack(self) -> None:
+        """Write the better weights of each run in float16 to the assets."""
+        for run, name in PACKED.items():
+            if list_checkpoints(self.work / run):
+                pack(self.work / run, ASSETS / f"{name}.safetensors")
+
+    def _finetune(self, name: str, init: Path) -> None:
+        embedder = "person-reidentification-retail-0277"
+        teacher = self.omz / embedder / "FP16" / f"{embedder}.xml"
+        data = {"pose": self.data / "lspet", "parsing": self.data / "ccp", "attributes": self.data / "ccp",
+                "reid": self.work / "unlabelled"}  # fmt: skip
+        tasks = [part for task, folder in data.items() for part in ("--task", f"{task}={folder}")]
+        run = self.work / name
+        _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / f"{name}.yaml",
+                 "--set", f"reid_teacher={teacher}?color=bgr", *_resume(run))  # fmt: skip
+
+
+def join_frames(sources: dict[Path, str], out: Path) -> Path:
+    """Join the training parts of data sets (folder: part) in COCO's layout, images linked, and return the folder."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (out / "train").mkdir(parents=True, exist_ok=True)
+    for source, part in sources.items():
+        data = json.loads((source / "annotations" / f"instances_{part}.json").read_text(encoding="utf-8"))
+        number = {image["id"]: len(images) + i for i, image in enumerate(data["images"])}
+        for image in data["images"]:
+            link = out / "train" / image["file_name"]
+            link.unlink(missing_ok=True)
+            link.symlink_to((source / part / image["file_name"]).resolve())
+            images.append({**image, "id": number[image["id"]]})
+        for annotation in data["annotations"]:
+            annotations.append({**annotation, "id": len(annotations), "image_id": number[annotation["image_id"]]})
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    write_text(out / "annotations" / "instances_train.json", json.dumps(document))
+    return out
+
+
+def pack(run: Path, path: Path) -> None:
+    """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type."""
+    model, metadata = load_human(run)
+    tensors = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
+    facts: dict[str, Any] = {name: metadata[name] for name in kept}
+    facts |= {"teachers": [_brief(passport) for passport in metadata["teachers"]], "best": "backbone"}
+    facts |= {"licence": "Apache-2.0 for the weights' own part", "base": LICENCE, "limits": LIMITS}
+    write_checkpoint(path, tensors, facts)
+    found = read_checkpoint(path)
+    worst = max(float((found.tensors[n].float() - model.state_dict()[n].float()).abs().max()) for n in tensors)
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, largest change of a weight {worst:.1e} ({__version__})")
+
+
+def _brief(passport: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a passport what is only true where it was made."""
+    return {**passport, "spec": Path(str(passport["spec"]).partition("?")[0]).name}
+
+
+def _resume(run: Path) -> tuple[str, ...]:
+    return ("--resume",) if list_checkpoints(run) else ()
+
+
+def _command(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "dpal_edge", *map(str, arguments)], check=True)
+
+
+def _python(script: Path, *arguments: object) -> None:
+    subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True)
+
+
+@click.command()
+@click.option("--shared", default="../shared", show_default=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--work", default="build/default_models", show_default=True, type=click.Path(path_type=Path))
+@click.argument("steps", nargs=-1, type=click.Choice(STEPS))
+def main(shared: Path, work: Path, steps: tuple[str, ...]) -> None:
+    """Make the default models."""
+    work.mkdir(parents=True, exist_ok=True)
+    maker = Maker(shared.resolve(), work.resolve())
+    for step in steps or STEPS:
+        click.echo(f"--- {step}")
+        getattr(maker, step)()
+
+
+if __name__ == "__main__":
+    main()

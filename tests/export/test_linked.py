@@ -1,0 +1,160 @@
+"""Bundles whose weights stay in the checkpoint."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpal_edge.errors import ConfigError, ModelFileError, ParityError
+from dpal_edge.export.bundle import ExportSettings
+from dpal_edge.export.crops import read_crops
+from dpal_edge.export.linked import link
+from dpal_edge.export.proof import torch_outputs
+from dpal_edge.manifest import Manifest
+from dpal_edge.models.human import load_human
+from dpal_edge.runtime import ModelDetector
+from dpal_edge.runtime.backend import open_backend
+from dpal_edge.runtime.model import Model
+from tests.export.conftest import CONFIG, DETECTION, HEADS, MEAN, STD, SWIN, tiny_human, write_human
+
+FRAMES = replace(CONFIG, size=(64, 96), window=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, crops):
+    """A folder with a model of several heads in float16, its graph and its manifest, of whose files none can change."""
+    path = tmp_path_factory.mktemp("linked") / "person.safetensors"
+    write_human(path, {"backbone": tiny_human(0, HEADS)}, dtype=torch.float16)
+    link(path, ExportSettings(calibration=(str(crops),)))
+    for file in path.parent.iterdir():
+        file.chmod(0o444)
+    path.parent.chmod(0o555)  # as an installed package may be
+    return path.parent
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    copy.chmod(0o755)
+    for file in copy.iterdir():
+        file.chmod(0o644)
+    return copy
+
+
+def expected_outputs(folder, images):
+    model, _ = load_human(folder / "person.safetensors")
+    return torch_outputs(model, images, tuple(MEAN), tuple(STD))
+
+
+def test_three_files_are_written_beside_the_checkpoint(folder):
+    names = ["person.json", "person.npz", "person.onnx", "person.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    manifest = Manifest.read(folder / "person.json")
+    [artifact] = manifest.artifacts
+    assert artifact.file.file == "person.onnx"
+    assert [spec.file for spec in artifact.data] == ["person.safetensors"]
+    assert artifact.parity.max_rel_error < 1e-5
+    assert [head.name for head in manifest.heads] == ["pose", "parsing", "attributes", "embedding"]
+    with np.load(folder / "person.npz") as golden:
+        assert golden["images"].shape == (2, *CONFIG.size, 3)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_read_the_weights_from_the_checkpoint(folder, engine, crops):
+    pytest.importorskip(engine)
+    model = Model.open(folder / "person.json", engine=engine)
+    images = read_crops((str(crops),), CONFIG.size, 5)
+    found = model.run(images)
+    for name, expected in expected_outputs(folder, images).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_graph_holds_no_weights(folder):
+    graph = onnx.load(folder / "person.onnx", load_external_data=False).graph
+    stored = load_file(folder / "person.safetensors")
+    outside = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    held = sum(
+        np.prod(tensor.dims, dtype=int)
+        for tensor in graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.data_type == onnx.TensorProto.FLOAT
+    )
+    norms = sum(value.numel() for name, value in stored.items() if "running" in name)
+    assert held <= norms + 30  # a factor and a summand of each norm, the mean and standard deviation, factors of resizes
+    linked = sum(int(entry.value) for tensor in outside for entry in tensor.external_data if entry.key == "length")
+    floats = sum(value.numel() for value in stored.values() if value.is_floating_point())
+    assert linked == 2 * (floats - 2 * norms)
+    assert all(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in outside)
+    assert (folder / "person.onnx").stat().st_size < 60_000
+
+
+def test_float32_weights_and_running_means(tmp_path, crops):
+    path = tmp_path / "run" / "checkpoints" / "step-00000003.safetensors"
+    write_human(path, {"backbone": tiny_human(0, HEADS), "ema": tiny_human(1, HEADS)}, best="ema")
+    manifest = link(tmp_path / "run", ExportSettings(calibration=(str(crops),)))
+    assert manifest.provenance["checkpoint"]["weights"] == "ema"
+    images = read_crops((str(crops),), CONFIG.size, 2)
+    found = Model.open(path.with_suffix(".json")).run(images)
+    expected = torch_outputs(tiny_human(1, HEADS), images, tuple(MEAN), tuple(STD))
+    np.testing.assert_allclose(found["embedding"], expected["embedding"], rtol=1e-3, atol=1e-3)
+
+
+def test_other_backbones(tmp_path, crops):
+    teacher = replace(CONFIG, class_token=False, patch_size=14, size=(56, 28), layer_scale=True)
+    path = write_human(tmp_path / "x.safetensors", {"backbone": tiny_human(0, {"reid": HEADS["reid"]}, teacher)})
+    assert link(path, ExportSettings(calibration=(str(crops),))).artifacts[0].parity.max_rel_error < 1e-5
+    write_human(path, {"backbone": tiny_human(0, {"reid": HEADS["reid"]}, SWIN)})
+    with pytest.raises(ConfigError, match=r"x\.safetensors: a Swin's position biases are not stored as a graph needs"):
+        link(path, ExportSettings(calibration=(str(crops),)))
+
+
+def test_a_detector(tmp_path, crops):
+    path = tmp_path / "detector.safetensors"
+    write_human(path, {"backbone": tiny_human(0, DETECTION, FRAMES)}, dtype=torch.float16)
+    assert link(path, ExportSettings(calibration=(str(crops),))).artifacts[0].parity.max_rel_error < 1e-5
+    found = ModelDetector.open(tmp_path / "detector.json", threshold=0.0)(np.zeros((48, 64, 3), np.uint8))
+    assert len(found.boxes) > 0
+    assert found.boxes.min() >= 0
+
+
+@pytest.mark.parametrize("name", ["person.onnx", "person.safetensors", "person.npz"])
+def test_a_changed_byte_is_refused(copied, name):
+    content = bytearray((copied / name).read_bytes())
+    content[-1] ^= 1
+    (copied / name).write_bytes(content)
+    manifest = Manifest.read(copied / "person.json")
+    with pytest.raises(ModelFileError, match=rf"{name}: damaged or replaced"):
+        manifest.file(copied / "person.json", manifest.golden)
+        Model.open(copied / "person.json")
+
+
+def test_a_missing_checkpoint_is_refused(copied):
+    (copied / "person.safetensors").unlink()
+    with pytest.raises(ModelFileError, match=r"person\.safetensors: missing, though the manifest names it"):
+        Model.open(copied / "person.json")
+    with pytest.raises(ModelFileError, match=r"person\.onnx: onnxruntime .* cannot load it"):
+        open_backend(copied / "person.onnx")
+
+
+def test_what_cannot_be_linked(tmp_path, crops):
+    settings = ExportSettings(calibration=(str(crops),))
+    path = write_human(tmp_path / "x.safetensors", {"backbone": tiny_human(0, HEADS)}, dtype=torch.bfloat16)
+    with pytest.raises(ModelFileError, match=r"is stored as BF16, expected F16 or F32; save it as one"):
+        link(path, settings)
+    write_human(path, {"backbone": tiny_human(0, HEADS)})
+    with pytest.raises(ConfigError, match=r"size \(96, 64\): weights that stay in x\.safetensors serve its own size"):
+        link(path, replace(settings, size=(96, 64)))
+    with pytest.raises(ParityError, match=r"x\.onnx: differs from torch"):
+        link(path, replace(settings, tolerance=0.0))
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_the_manifest_is_plain_json(folder):
+    document = json.loads((folder / "person.json").read_text(encoding="utf-8"))
+    assert not [text for text in json.dumps(document).split('"') if Path(text).is_absolute()]

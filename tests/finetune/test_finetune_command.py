@@ -1,0 +1,90 @@
+"""The command: what it says, and how options, files and presets combine."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from dpal_edge.cli import main
+from dpal_edge.errors import ConfigError
+from dpal_edge.finetune.command import resolve
+from tests.tasks import layouts
+
+SMALL = [
+    part
+    for setting in (
+        "size=[32,16]",
+        "batch=4",
+        "workers=0",
+        "device=cpu",
+        "trackers=[]",
+        "precision=float32",
+        "log_every=1",
+    )
+    for part in ("--set", setting)
+]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["finetune", *map(str, arguments)])
+
+
+def test_from_nothing_to_a_checkpoint(folders, tmp_path):
+    out = tmp_path / "run"
+    tasks = [part for task in ("pose", "attributes") for part in ("--task", f"{task}={folders[task]}")]
+    result = run("--init", "random:vit_tiny", *tasks, "--out", out, "--steps", 2, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "model     vit_tiny of 5.49 M parameters from random:vit_tiny; heads in M: pose " in result.stderr
+    assert "pose      " in result.stderr
+    assert "examples, 2 in each update, simcc head" in result.stderr
+    assert f"done: {out / 'checkpoints' / 'step-00000002.safetensors'}" in result.stderr
+    assert f"next: dpal-edge evaluate {out}" in result.stderr
+    assert result.stdout == ""
+    again = run("--out", out, "--resume", "--steps", 3)
+    assert again.exit_code == 0, again.output
+    assert "updates   2 to 3 of 4 images" in again.stderr
+
+
+def test_what_comes_later_wins(folders, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("lr: 2e-4\nsteps: 9\n")
+    task = (f"pose={folders['pose']}",)
+    config = resolve(
+        tmp_path / "run", preset="short", file=file, init="random:vit_tiny", task=task, steps=7, settings=("batch=8",)
+    )
+    assert (config.batch, config.lr, config.steps, config.layer_decay) == (8, 2e-4, 7, 0.75)
+
+
+def test_paths_are_kept_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layouts.write_coco(tmp_path / "coco")
+    config = resolve(tmp_path / "run", init="random:vit_tiny", task=("pose=coco",))
+    assert config.task == (f"pose={tmp_path / 'coco'}",)
+
+
+def test_an_init_is_needed(tmp_path):
+    with pytest.raises(ConfigError, match="no init: give --init CHECKPOINT, or --init random:vit_tiny"):
+        resolve(tmp_path / "run", task=("pose=x",))
+
+
+def test_errors_are_one_line(tmp_path):
+    result = run("--init", "random:vit_tiny", "--task", f"pose={tmp_path / 'none'}", "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"Error: {tmp_path / 'none'}")
+
+
+def test_the_run_folder_tells_its_settings(folders, tmp_path):
+    run(
+        "--init",
+        "random:vit_tiny",
+        "--task",
+        f"pose={folders['pose']}",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        *SMALL,
+    )
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["steps"], config["size"], config["init"]) == (1, [32, 16], "random:vit_tiny")

@@ -1,0 +1,242 @@
+"""Whole runs on tiny data: several tasks at once, stops and resumes, bad data, and what can be done with the result."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dpal_edge.errors import ConfigError, DataError, ModelFileError
+from dpal_edge.finetune.config import build_config
+from dpal_edge.finetune.loop import learning_rate, parameter_groups
+from dpal_edge.finetune.run import Watcher, run_finetuning
+from dpal_edge.finetune.setup import build_model, crop_size, open_init, open_objectives
+from dpal_edge.models.checkpoint import load_backbone, read_newest
+from dpal_edge.models.human import load_human
+from tests.tasks import layouts
+
+
+class Recorder(Watcher):
+    """Keeps what it is told, and sends itself a signal when asked."""
+
+    def __init__(self, at=None, number=signal.SIGTERM):
+        self.losses, self._at, self._number = {}, at, number
+
+    def recorded(self, step, numbers):
+        self.losses[step] = numbers["loss"]
+        if step == self._at:
+            os.kill(os.getpid(), self._number)
+
+
+def last_tensors(run: Path):
+    return load_file(read_newest(run)[0])
+
+
+def test_all_tasks_on_one_backbone(settings, tmp_path):
+    summary = run_finetuning(build_config(settings), tmp_path / "run")
+    assert (summary.step, summary.interrupted) == (4, False)
+    assert {"pose", "parsing/lovasz", "attributes", "reid/triplet", "loss"} <= summary.values.keys()
+    model, metadata = load_human(tmp_path / "run")
+    assert {task: head.kind for task, head in model.configs.items()} == {
+        "pose": "simcc", "parsing": "upsample", "attributes": "query", "reid": "bnneck",
+    }  # fmt: skip
+    assert model.configs["pose"].labels == layouts.JOINTS
+    with torch.no_grad():
+        outputs = model(torch.zeros(2, 3, 32, 16))
+    assert {task: tuple(value.shape) for task, value in outputs.items()} == {
+        "pose": (2, 5, 96), "parsing": (2, 3, 8, 4), "attributes": (2, 3), "reid": (2, 256),
+    }  # fmt: skip
+    assert metadata["best"] in ("backbone", "ema")
+    assert not any("classify" in name for name in model.heads["reid"].state_dict())  # identities stay in training
+
+
+def test_losses_fall_on_data_that_pixels_alone_solve(settings, tmp_path):
+    watcher = Recorder()
+    plain = {"flip": 0.0, "scale": 0.0, "rotate": 0.0, "shift": 0.0, "colour": 0.0, "grey": 0.0, "low_resolution": 0.0}
+    config = build_config({**settings, **plain, "steps": 40, "drop_path": 0.0, "save_every": 100})
+    run_finetuning(config, tmp_path / "run", watcher=watcher)
+    assert np.mean([watcher.losses[s] for s in range(36, 41)]) < 0.6 * watcher.losses[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_ends_with_the_same_weights(settings, tmp_path, workers):
+    config = build_config({**settings, "workers": workers})
+    run_finetuning(config, tmp_path / "whole")
+    stopped = run_finetuning(config, tmp_path / "parts", watcher=Recorder(at=1))
+    assert (stopped.interrupted, stopped.step) == (True, 1)
+    run_finetuning(config, tmp_path / "parts", resume=True)
+    one, two = last_tensors(tmp_path / "whole"), last_tensors(tmp_path / "parts")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_scores_on_the_evaluation_parts(settings, tmp_path):
+    summary = run_finetuning(build_config({**settings, "evaluate_every": 2, "evaluate_images": 8}), tmp_path / "run")
+    assert {"pose", "parsing", "attributes", "reid"} == summary.scores.keys()
+    assert 0 <= summary.scores["parsing"]["mIoU"] <= 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[1]["pose"] == summary.scores["pose"]
+
+
+def test_a_frozen_backbone_stays_as_it_is(settings, tmp_path):
+    config = build_config({**settings, "freeze_backbone": True})
+    run_finetuning(config, tmp_path / "run")
+    before = open_init(config).backbone.state_dict()
+    after = load_backbone(tmp_path / "run" / "checkpoints" / "step-00000004.safetensors", weights="backbone")[0]
+    changed = [name for name, value in after.state_dict().items() if not torch.equal(value, before.get(name, value))]
+    assert changed == ["pos_embed"]  # resized to the crops' grid
+
+
+def test_frozen_blocks_stay_as_they_are(settings, tmp_path):
+    config = build_config({**settings, "freeze_blocks": 11})
+    run_finetuning(config, tmp_path / "run")
+    before = open_init(config).backbone.state_dict()
+    after = load_backbone(tmp_path / "run" / "checkpoints" / "step-00000004.safetensors", weights="backbone")[0]
+    moved = {name.split(".")[1] for name, value in after.state_dict().items()
+             if name.startswith("blocks.") and not torch.equal(value, before[name])}  # fmt: skip
+    assert moved == {"11"}
+
+
+def test_learning_rates_decay_from_block_to_block(settings):
+    config = build_config({**settings, "layer_decay": 0.5})
+    start = open_init(config)
+    size = crop_size(config, start.backbone)
+    train, _ = open_objectives(config, size)
+    model = build_model(start, train, config)
+    groups = parameter_groups(model, torch.nn.ModuleDict(), config)
+    factors = {id(p): (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    def of(name):
+        return factors[id(model.get_parameter(name))]
+
+    assert of("heads.pose.maps.weight") == (1.0, 0.05)
+    assert of("backbone.norm.weight") == (1.0, 0.0)
+    assert of("backbone.blocks.11.mlp.fc1.weight") == (0.5, 0.05)
+    assert of("backbone.blocks.0.mlp.fc1.weight") == (0.5**12, 0.05)
+    assert of("backbone.patch_embed.proj.weight") == (0.5**13, 0.05)
+    assert of("backbone.pos_embed") == (0.5**13, 0.0)
+    assert of("heads.attributes.queries")[1] == 0.0
+
+
+def test_the_learning_rate_rises_and_falls(settings):
+    config = build_config({**settings, "steps": 100, "warmup": 0.1, "lr": 1.0})
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 10
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+
+
+def test_heads_of_the_init_go_on_where_they_were(settings, tmp_path):
+    run_finetuning(build_config(settings), tmp_path / "first")
+    config = build_config({**settings, "init": str(tmp_path / "first"), "task": settings["task"][:2], "share": []})
+    start = open_init(config)
+    train, _ = open_objectives(config, crop_size(config, start.backbone))
+    model = build_model(start, train, config)
+    first, _ = load_human(tmp_path / "first")
+    assert torch.equal(model.heads["pose"].maps.weight, first.heads["pose"].maps.weight)
+    assert list(model.heads) == ["pose", "parsing"]
+
+
+def test_a_fine_tuned_model_can_teach(settings, tmp_path):
+    from dpal_edge.models.teacher import load_teachers
+
+    run_finetuning(build_config(settings), tmp_path / "run")
+    file = next((tmp_path / "run" / "checkpoints").iterdir())
+    [teacher] = load_teachers((str(file),), size=(32, 16)).each()
+    assert teacher.passport.keys_matched == 1.0
+
+
+def test_a_bad_annotation_is_left_out_and_counted(settings, tmp_path):
+    folder = layouts.write_coco(tmp_path / "coco", people=60)
+    path = folder / "annotations" / "person_keypoints_train.json"
+    document = json.loads(path.read_text())
+    document["annotations"][0]["keypoints"][0] = math.nan
+    path.write_text(json.dumps(document))
+    config = build_config({**settings, "task": [f"pose={folder}"], "share": []})
+    summary = run_finetuning(config, tmp_path / "run")
+    assert summary.problems == {"pose": 1}
+    [line] = (tmp_path / "run" / "problems.jsonl").read_text().splitlines()
+    assert "annotation 0" in json.loads(line)["problem"]
+
+
+def test_an_unreadable_image_is_replaced_and_named(settings, tmp_path):
+    folder = layouts.write_attributes(tmp_path / "attributes", images=40)
+    (folder / "images" / "003.png").write_bytes(b"no image")
+    config = build_config({**settings, "task": [f"attributes={folder}"], "share": [], "steps": 5})
+    summary = run_finetuning(config, tmp_path / "run")
+    assert [Path(file).name for file in summary.skipped] == ["003.png"]
+    assert "cannot be read as an image" in (tmp_path / "run" / "skipped.jsonl").read_text()
+
+
+def test_too_many_unreadable_images_end_the_run(settings, tmp_path):
+    folder = layouts.write_attributes(tmp_path / "attributes", images=40)
+    for i in range(0, 40, 4):
+        (folder / "images" / f"{i:03d}.png").write_bytes(b"no image")
+    config = build_config({**settings, "task": [f"attributes={folder}"], "share": [], "steps": 50})
+    with pytest.raises(DataError, match=r"of \d+ images cannot be used \(more than 5 %\), for example "):
+        run_finetuning(config, tmp_path / "run")
+
+
+def test_a_mask_with_an_unknown_class_is_named(settings, tmp_path):
+    folder = layouts.write_lip(tmp_path / "lip", images=40)
+    path = folder / "train_segmentations" / "train_3.png"
+    mask = np.array(Image.open(path))
+    mask[5, 5] = 9
+    Image.fromarray(mask).save(path)
+    config = build_config({**settings, "task": [f"parsing={folder}"], "share": [], "steps": 5})
+    summary = run_finetuning(config, tmp_path / "run")
+    [reason] = summary.skipped.values()
+    assert "class 9 in it, expected 0 to 2" in reason
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(settings, tmp_path):
+    config = build_config({**settings, "lr": 1e30, "clip": 0.0, "warmup": 0.0, "steps": 10})
+    with pytest.raises(DataError, match=r"is not finite .*with a smaller --set lr"):
+        run_finetuning(config, tmp_path / "run")
+
+
+def test_a_used_folder_is_refused(settings, tmp_path):
+    run_finetuning(build_config(settings), tmp_path / "run")
+    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+        run_finetuning(build_config(settings), tmp_path / "run")
+    with pytest.raises(ConfigError, match="cannot resume with other settings; the run has seed=0"):
+        run_finetuning(build_config({**settings, "seed": 1}), tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="steps is 2, but 4 updates are done already"):
+        run_finetuning(build_config({**settings, "steps": 2}), tmp_path / "run", resume=True)
+
+
+def test_changed_images_are_noticed(settings, folders, tmp_path):
+    folder = layouts.write_attributes(tmp_path / "attributes")
+    config = build_config({**settings, "task": [f"attributes={folder}"], "share": []})
+    run_finetuning(config, tmp_path / "run", watcher=Recorder(at=1))
+    table = folder / "attributes.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    with pytest.raises(ModelFileError, match="the images have changed since the run began"):
+        run_finetuning(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "random:vit_huge"}, "no student 'vit_huge', expected one of: vit_tiny"),
+        ({"init": "missing.pth"}, "missing.pth: no such file"),
+        ({"size": [30, 16]}, r"size is \(30, 16\), expected positive multiples of the patch size 16"),
+        ({"freeze_blocks": 13}, "freeze_blocks is 13, expected blocks of a ViT, at most its depth"),
+    ],
+)
+def test_wrong_starts(settings, tmp_path, changes, message):
+    with pytest.raises((ConfigError, ModelFileError), match=message):
+        run_finetuning(build_config({**settings, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
