@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from dpal_edge import __version__
-from dpal_edge.errors import BackendUnavailable, DpalEdgeError
+from dpal_edge.errors import BackendUnavailable, ConfigError, DpalEdgeError
 
 
 class _Group(click.Group):
@@ -241,6 +241,11 @@ def doctor(as_json: bool) -> None:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--source", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Video file.")
+@click.option(
+    "--detector",
+    metavar="BUNDLE",
+    help="Bundle of a person detector, or hog for OpenCV's; by default the one that comes with dpal-edge.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Annotated video: .mp4, .webm (for browsers) or .avi.")
 @click.option("--jsonl", type=click.Path(path_type=Path), help="JSON lines, one per frame.")
 @click.option("--embeddings", is_flag=True, help="Put embeddings into the JSON lines.")
@@ -248,22 +253,30 @@ def doctor(as_json: bool) -> None:
 @click.option("--engine", metavar="NAME", help="Engine for the model; by default the one its file implies.")
 @click.option(
     "--min-height",
-    default=128,
-    show_default=True,
+    type=int,
     metavar="PIXELS",
-    help="Smallest person to detect.",
+    help="Smallest person that --detector hog looks for; by default 128.",
 )
 @_json_option
 def run(
-    bundle: Path, source: Path, frames: int | None, engine: str | None, min_height: int, as_json: bool, **outputs: Any
+    bundle: Path,
+    source: Path,
+    detector: str | None,
+    frames: int | None,
+    engine: str | None,
+    min_height: int | None,
+    as_json: bool,
+    **outputs: Any,
 ) -> None:
-    """Detect, embed and track the people in a video with BUNDLE."""
+    """Find the people in a video, and say with BUNDLE all that its heads know of them."""
     from dpal_edge.runtime import HogDetector, Pipeline, Video, video  # only this command pays for it
 
-    detector = HogDetector(min_height=min_height)
+    if min_height is not None and detector != "hog":
+        raise ConfigError("--min-height is a choice of --detector hog; other detectors have learned what to find")
+    finder = HogDetector(min_height=128 if min_height is None else min_height) if detector == "hog" else detector
     with (
         Video(source) as clip,
-        Pipeline.open(bundle, detector=detector, engine=engine) as pipeline,
+        Pipeline.open(bundle, detector=finder, engine=engine) as pipeline,
         _progress(frames or clip.declared_frames) as advance,
     ):
         summary = video.run_video(pipeline, clip, limit=frames, progress=advance, **outputs)

@@ -60,7 +60,7 @@ def append_lines(path: Path, documents: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON documents of ``path``, one a line, without lines that a crash cut short; none if it is missing."""
+    """Return the JSON documents of ``path``, one a line; not those that a crash cut short, none if there is no file."""
     documents = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):

@@ -1,26 +1,15 @@
-"""The demo's parts on the real clips and the real teacher; `make demo` runs the whole."""
+"""The demo's parts on the real clips; `make demo` runs the whole."""
 
 from itertools import islice
 
 import cv2
 import numpy as np
 import pytest
-import timm
-from safetensors.torch import load_file
 
 from dpal_edge.demo import steps
 from dpal_edge.demo.footage import NEW_PEOPLE, ROOM_CLIP, TABLE_CLIP, EmptyRoomDetector, cut_people, empty_room
-from dpal_edge.demo.teacher import TIMM_NAME, write_teacher
 from dpal_edge.errors import ConfigError
 from dpal_edge.runtime.video import Video
-
-
-def test_teacher_fits_timm_key_for_key(tmp_path):
-    count = write_teacher(tmp_path / "teacher.safetensors")
-    state = {name: value.float() for name, value in load_file(tmp_path / "teacher.safetensors").items()}
-    model = timm.create_model(TIMM_NAME, num_classes=0)
-    model.load_state_dict(state, strict=True)
-    assert count == sum(value.numel() for value in state.values()) == 22_056_192
 
 
 def test_empty_room_detector_finds_the_people_and_nobody_in_an_empty_room():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -10,9 +11,10 @@ from safetensors.torch import save_file
 from dpal_edge.cli import main
 from dpal_edge.errors import DataError, ModelFileError
 from dpal_edge.inspection import as_text, describe
+from dpal_edge.manifest import FileSpec, Manifest
 from dpal_edge.models.checkpoint import write_checkpoint
 from dpal_edge.models.vit import VisionTransformer, ViTConfig
-from tests.runtime.tiny_bundle import write_bundle, write_model
+from tests.runtime.tiny_bundle import write_bundle, write_detector_bundle, write_model
 
 TINY = ViTConfig(size=(32, 16), width=12, depth=2, heads=1, last_heads=1)
 
@@ -64,6 +66,22 @@ def test_bundle(tmp_path):
     assert found["input"] == "images: uint8 RGB (B, 16, 8, 3)"
     assert found["outputs"] == {"embedding": "embedding (5,)"}
     assert found["parameters"] == 15
+
+
+def test_bundle_with_labels_and_weights_elsewhere(tmp_path):
+    folder = write_detector_bundle(tmp_path / "detector")
+    manifest = Manifest.read(folder)
+    (folder / "weights.bin").write_bytes(b"weights")
+    parity = replace(manifest.artifacts[0].parity, head="detection")
+    artifact = replace(manifest.artifacts[0], data=(FileSpec.of(folder / "weights.bin"),), parity=parity)
+    replace(manifest, artifacts=(artifact,)).write(folder / "mine.json")
+    found = describe(folder / "mine.json")
+    assert found["outputs"] == {"detection": "detection (pyramid) (2, 5), labels: person"}
+    assert found["artifacts"]["onnx"]["weights in"] == ["weights.bin"]
+    assert " of the largest output (detection), on 1 images" in found["artifacts"]["onnx"]["largest error"]
+    (folder / "weights.bin").write_bytes(b"weightz")
+    with pytest.raises(ModelFileError, match=r"weights\.bin: damaged or replaced"):
+        describe(folder / "mine.json")
 
 
 @pytest.mark.parametrize("name", ["golden.npz", "model.onnx"])

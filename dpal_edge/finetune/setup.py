@@ -47,7 +47,7 @@ class Start:
     backbone: Student
     name: str  # architecture, for example vit_tiny
     facts: dict[str, Any]  # mean, std, teachers (passports of what it was distilled from) and what else is known
-    heads: dict[str, nn.Module]  # trained before, by task
+    trained: HumanModel | None = None  # with its heads, where it has some
 
 
 def open_init(config: FinetuneConfig) -> Start:
@@ -63,13 +63,12 @@ def open_init(config: FinetuneConfig) -> Start:
             raise ConfigError(f"init {name!r}: no student {student!r}, expected one of: {', '.join(STUDENTS)}")
         backbone = build_student(student_config(student, STUDENTS[student].size))
         init_student_weights(backbone, torch.Generator().manual_seed(config.seed))
-        return Start(backbone, student, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "teachers": []}, {})
+        return Start(backbone, student, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "teachers": []})
     path = Path(name)
     path = read_newest(path)[0] if path.is_dir() else path
     if path.suffix == ".safetensors" and path.is_file() and is_ours(path):
         backbone, facts = load_backbone(path)
-        heads = dict(load_human(path)[0].heads.items()) if facts.get("heads") else {}
-        return Start(backbone, facts["student"], facts, heads)
+        return Start(backbone, facts["student"], facts, load_human(path)[0] if facts.get("heads") else None)
     encoder, origin = open_teacher(parse_spec(name))
     if not isinstance(encoder, VitEncoder | SwinEncoder):
         raise ConfigError(f"init {name!r}: timm's own models cannot be fine-tuned here; give the weights as FILE")
@@ -77,7 +76,7 @@ def open_init(config: FinetuneConfig) -> Start:
     family = origin.family
     facts = {"mean": family.mean, "std": family.std, "teachers": [], "origin": {"file": name, "sha256": origin.sha256}}
     facts["origin"] |= {"family": family.name, "licence": family.licence, "limits": family.limits}
-    return Start(backbone, f"{config_family(backbone)} of width {backbone.config.width}", facts, {})
+    return Start(backbone, f"{config_family(backbone)} of width {backbone.config.width}", facts)
 
 
 def config_family(backbone: Student) -> str:
@@ -98,7 +97,7 @@ def open_objectives(config: FinetuneConfig, size: tuple[int, int]) -> tuple[dict
         kept, out = _hold_out(split, config.validation_images, config.seed)
         train[task] = _objective(task, kept, config, size)
         if out.samples:
-            held[task] = _objective(task, out, config, size)
+            held[task] = _objective(task, out, replace(config, paste=None, backgrounds=None), size)
     return train, held
 
 
@@ -145,7 +144,7 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
 
 
 def build_model(start: Start, objectives: Mapping[str, Objective], config: FinetuneConfig) -> HumanModel:
-    """Put a head for each task on the backbone; heads that the init has for the same labels keep their weights.
+    """Put a head for each task on the backbone; heads that the init has for the same labels keep what fits the size.
 
     Raises:
         ConfigError: the tasks' images are of different sizes, or not of whole patches.
@@ -162,16 +161,13 @@ def build_model(start: Start, objectives: Mapping[str, Objective], config: Finet
     if isinstance(backbone, VisionTransformer):
         backbone.set_drop_path(config.drop_path)
     model = HumanModel(backbone, {task: objective.head for task, objective in objectives.items()})
-    for task, head in start.heads.items():
-        if task in model.heads and _fits(head, model.heads[task]):
-            model.heads[task].load_state_dict(head.state_dict())
+    for task, head in (start.trained.heads if start.trained else nn.ModuleDict()).items():
+        if start.trained and start.trained.configs[task] == model.configs.get(task):
+            wanted = model.heads[task].state_dict()
+            fitting = {n: v for n, v in head.state_dict().items() if n in wanted and v.shape == wanted[n].shape}
+            model.heads[task].load_state_dict(fitting, strict=False)
     _freeze(model, config)
     return model
-
-
-def _fits(old: nn.Module, new: nn.Module) -> bool:
-    shapes = [{name: value.shape for name, value in head.state_dict().items()} for head in (old, new)]
-    return type(old) is type(new) and shapes[0] == shapes[1]
 
 
 def _freeze(model: HumanModel, config: FinetuneConfig) -> None:

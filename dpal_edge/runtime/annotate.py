@@ -79,26 +79,26 @@ class _Canvas:
     def __init__(self, frame: NDArray[np.uint8]) -> None:
         self.image: NDArray[np.uint8] = frame.copy()
         self._cv2 = load_opencv()
-        self._unit = min(frame.shape[:2]) / 432
+        self._unit: float = min(frame.shape[:2]) / 432
         self._font = self._cv2.FONT_HERSHEY_SIMPLEX
         self._pad = max(2, self._pixels(3))
         self._plates: list[_Plate] = []
 
     def tint(self, person: Person) -> None:
-        """Lay the colour of its class over each pixel of a person."""
-        if person.parsing is None or person.crop_box is None:
+        """Lay the colour of its class over each pixel of a person, and draw where classes meet."""
+        classes = person.parsing
+        if classes is None or person.crop_box is None:
             return
         left, top, right, bottom = person.crop_box
         region = self.image[top:bottom, left:right]
-        names = person.parsing_names
-        palette = np.array([_hue(i, saturation=0.8) for i in range(len(names))], np.uint8)
-        mixed = self._cv2.addWeighted(region, 1 - _TINT, palette[person.parsing], _TINT, 0)
-        shown = np.array([name != _BACKGROUND for name in names])[person.parsing]
+        colors = np.array([_hue(i, saturation=0.8) for i in range(len(person.parsing_names))], np.uint8)[classes]
+        shown = np.array([name != _BACKGROUND for name in person.parsing_names])[classes]
+        mixed = self._cv2.addWeighted(region, 1 - _TINT, colors, _TINT, 0)
         np.copyto(region, mixed, where=shown[..., None])
         edges = np.zeros_like(shown)
-        edges[1:] |= person.parsing[1:] != person.parsing[:-1]
-        edges[:, 1:] |= person.parsing[:, 1:] != person.parsing[:, :-1]
-        np.copyto(region, palette[person.parsing], where=(edges & shown)[..., None])
+        edges[1:] |= classes[1:] != classes[:-1]
+        edges[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+        np.copyto(region, colors, where=(edges & shown)[..., None])
 
     def outline(self, box: Sequence[int], color: _Color) -> None:
         """Draw the rectangle of a box."""
@@ -113,13 +113,14 @@ class _Canvas:
         places = np.rint(person.keypoints[:, :2]).astype(int).tolist()
         seen = person.keypoints[:, 2] >= _SEEN
         lines = [(a, b) for a, b in limbs(names) if seen[a] and seen[b]]
-        dots = np.flatnonzero(seen).tolist()
         part = min(1.0, height / (_TALL * self._unit))
         for rim in (True, False):
             for a, b in lines:
                 color = _DARK if rim else _side_color(names[a], names[b])
-                cv2.line(self.image, places[a], places[b], color, self._pixels((4.5 if rim else 2.5) * part), cv2.LINE_AA)
-        for joint in dots:
+                cv2.line(
+                    self.image, places[a], places[b], color, self._pixels((4.5 if rim else 2.5) * part), cv2.LINE_AA
+                )
+        for joint in np.flatnonzero(seen).tolist():
             for radius, color in ((4.2, _DARK), (2.8, _side_color(names[joint]))):
                 cv2.circle(self.image, places[joint], self._pixels(radius * part), color, cv2.FILLED, cv2.LINE_AA)
 
@@ -173,7 +174,9 @@ def _likely(person: Person) -> str:
 def _side_color(*names: str) -> _Color:
     """Return the colour of the one side of the body that these joints are on."""
     sides = {name.partition("_")[0] for name in names} & {"left", "right"}
-    return {("left",): _LEFT, ("right",): _RIGHT}.get((*sides,), _MIDDLE)
+    if sides == {"left"}:
+        return _LEFT
+    return _RIGHT if sides == {"right"} else _MIDDLE
 
 
 def _hue(number: int, *, saturation: float) -> _Color:

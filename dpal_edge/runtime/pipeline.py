@@ -28,6 +28,7 @@ class Pipeline:
         self._model = model
         self._detector = detector
         self._tracker = tracker
+        self._opened: ModelDetector | None = None  # what goes with this pipeline
         self._head = next((head for head in self.manifest.heads if head.task == "embedding"), None)
 
     @classmethod
@@ -55,9 +56,12 @@ class Pipeline:
             BackendUnavailable: no engine here runs any of its artifacts.
         """
         model = Model.open(Path(bundle), engine=engine, device=device, threads=threads)
+        opened = None
         if detector is None or isinstance(detector, str | Path):
-            detector = ModelDetector.open(detector or DEFAULT_DETECTOR, device=device, threads=threads)
-        return cls(model, detector, Tracker() if tracker else None)
+            detector = opened = ModelDetector.open(detector or DEFAULT_DETECTOR, device=device, threads=threads)
+        pipeline = cls(model, detector, Tracker() if tracker else None)
+        pipeline._opened = opened
+        return pipeline
 
     def __call__(self, frame: NDArray[np.uint8]) -> list[Person]:
         """Detect, describe and track the people of one (H, W, 3) uint8 BGR frame; no person gives an empty list."""
@@ -95,8 +99,10 @@ class Pipeline:
         return unit_rows(self._model.run(crops)[self._head.name])
 
     def close(self) -> None:
-        """Free the model; later calls raise ``ValueError``."""
+        """Free the model, and the detector if ``open`` opened it; later calls raise ``ValueError``."""
         self._model.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def __enter__(self) -> "Pipeline":
         return self

@@ -47,7 +47,9 @@ def tiny_human(seed: int, heads: dict[str, HeadConfig], config: StudentConfig = 
     return model.eval()
 
 
-def write_human(path: Path, parts: dict[str, HumanModel], *, dtype: torch.dtype = torch.float32, **facts: object) -> Path:
+def write_human(
+    path: Path, parts: dict[str, HumanModel], *, dtype: torch.dtype = torch.float32, **facts: object
+) -> Path:
     """Write a checkpoint as fine-tuning does: ``parts`` are the weights, "backbone" or "ema", that it holds."""
     tensors = {}
     for part, model in parts.items():

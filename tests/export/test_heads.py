@@ -43,11 +43,10 @@ def exported(tmp_path_factory, human):
 
 @torch.no_grad()
 def test_every_head_is_an_output_of_the_chosen_weights(exported, crops):
-    out, manifest = exported
     images = read_inputs((str(crops),), {}, CONFIG.size, 5, frames=False)
     normalised = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - column(MEAN)) / column(STD)
     expected = tiny_human(1, HEADS)(normalised)
-    found = open_backend(out / "model.onnx").run({"images": images})
+    found = open_backend(exported[0] / "model.onnx").run({"images": images})
     assert list(found) == ["pose", "parsing", "attributes", "embedding"]
     for name, output in found.items():
         head = expected["reid" if name == "embedding" else name].numpy()
@@ -108,7 +107,9 @@ def test_exporting_twice_gives_the_same_bytes_and_no_paths(exported, human, tmp_
 
 @torch.no_grad()
 @pytest.mark.parametrize("kinds", [{"attributes": "linear", "parsing": "linear"}, {"pose": "heatmap"}])
-@pytest.mark.parametrize("config", [CONFIG, TEACHER, SWIN, replace(CONFIG, class_token=False)], ids=lambda c: str(c.size))
+@pytest.mark.parametrize(
+    "config", [CONFIG, TEACHER, SWIN, replace(CONFIG, class_token=False)], ids=lambda c: str(c.size)
+)
 def test_other_kinds_and_backbones(tmp_path, config, kinds):
     heads = {task: replace(HEADS[task], kind=kind) for task, kind in kinds.items()}
     model, file = tiny_human(0, heads, config), tmp_path / "model.onnx"
@@ -184,7 +185,9 @@ def test_the_head_that_differs_is_named(exported, human, tmp_path, crops):
     file = exported[0] / "model.onnx"
     for name in reference:
         wrong = {**reference, name: reference[name] + 0.01 * np.abs(reference[name]).max()}
-        with pytest.raises(ParityError, match=rf"model\.onnx: differs from torch by .* largest output of '{name}' on 3"):
+        with pytest.raises(
+            ParityError, match=rf"model\.onnx: differs from torch by .* largest output of '{name}' on 3"
+        ):
             check_parity(file, images, wrong, 1e-4)
     nothing = {**reference, "pose": np.full_like(reference["pose"], np.nan)}
     with pytest.raises(ParityError, match="differs from torch by nan of the largest output of 'pose'"):

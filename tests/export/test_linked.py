@@ -86,7 +86,9 @@ def test_the_graph_holds_no_weights(folder):
         if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.data_type == onnx.TensorProto.FLOAT
     )
     norms = sum(value.numel() for name, value in stored.items() if "running" in name)
-    assert held <= norms + 30  # a factor and a summand of each norm, the mean and standard deviation, factors of resizes
+    assert (
+        held <= norms + 30
+    )  # a factor and a summand of each norm, the mean and standard deviation, factors of resizes
     linked = sum(int(entry.value) for tensor in outside for entry in tensor.external_data if entry.key == "length")
     floats = sum(value.numel() for value in stored.values() if value.is_floating_point())
     assert linked == 2 * (floats - 2 * norms)
@@ -123,14 +125,12 @@ def test_a_detector(tmp_path, crops):
     assert found.boxes.min() >= 0
 
 
-@pytest.mark.parametrize("name", ["person.onnx", "person.safetensors", "person.npz"])
+@pytest.mark.parametrize("name", ["person.onnx", "person.safetensors"])
 def test_a_changed_byte_is_refused(copied, name):
     content = bytearray((copied / name).read_bytes())
     content[-1] ^= 1
     (copied / name).write_bytes(content)
-    manifest = Manifest.read(copied / "person.json")
     with pytest.raises(ModelFileError, match=rf"{name}: damaged or replaced"):
-        manifest.file(copied / "person.json", manifest.golden)
         Model.open(copied / "person.json")
 
 

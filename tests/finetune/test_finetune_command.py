@@ -34,15 +34,15 @@ def test_from_nothing_to_a_checkpoint(folders, tmp_path):
     tasks = [part for task in ("pose", "attributes") for part in ("--task", f"{task}={folders[task]}")]
     result = run("--init", "random:vit_tiny", *tasks, "--out", out, "--steps", 2, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "model     vit_tiny of 5.49 M parameters from random:vit_tiny; heads in M: pose " in result.stderr
-    assert "pose      " in result.stderr
+    assert "model      vit_tiny of 5.49 M parameters from random:vit_tiny; heads in M: pose " in result.stderr
+    assert "pose       " in result.stderr
     assert "examples, 2 in each update, simcc head" in result.stderr
     assert f"done: {out / 'checkpoints' / 'step-00000002.safetensors'}" in result.stderr
     assert f"next: dpal-edge evaluate {out}" in result.stderr
     assert result.stdout == ""
     again = run("--out", out, "--resume", "--steps", 3)
     assert again.exit_code == 0, again.output
-    assert "updates   2 to 3 of 4 images" in again.stderr
+    assert "updates    2 to 3 of 4 images" in again.stderr
 
 
 def test_what_comes_later_wins(folders, tmp_path):

@@ -4,7 +4,9 @@ from tiny_bundle import SIZE, reference, write_model
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.runtime import open_backend
-from dpal_edge.runtime.backend import physical_cores
+from dpal_edge.runtime.backend import choose_engine, physical_cores
+
+ENGINES = ["onnxruntime", "openvino"]
 
 
 @pytest.fixture
@@ -13,10 +15,12 @@ def model(tmp_path):
     return write_model(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_backend_matches_numpy(model, count):
+def test_backend_matches_numpy(model, engine, count):
+    pytest.importorskip(engine)
     crops = np.random.default_rng(1).integers(0, 256, (count, *SIZE, 3), np.uint8)
-    backend = open_backend(model)
+    backend = open_backend(model, engine=engine)
     assert backend.inputs == {"images": (None, *SIZE, 3)}
     np.testing.assert_allclose(backend.run({"images": crops})["embedding"], reference(crops), rtol=1e-5, atol=1e-6)
 
@@ -30,9 +34,42 @@ def test_backend_is_named_and_pinned_to_the_cpu(model):
     assert backend._session.get_session_options().intra_op_num_threads == 1
 
 
-def test_a_device_that_is_absent_is_refused(model):
-    with pytest.raises(BackendUnavailable, match=r"no device 'npu', expected one of: cpu"):
-        open_backend(model, device="npu")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_device_that_is_absent_is_refused(model, engine):
+    pytest.importorskip(engine)
+    with pytest.raises(BackendUnavailable, match=rf"this {engine} has no device 'tpu', expected one of: cpu"):
+        open_backend(model, engine=engine, device="tpu")
+
+
+def test_openvino_reads_its_own_format(model):
+    openvino = pytest.importorskip("openvino")
+    path = model.with_suffix(".xml")
+    openvino.save_model(openvino.Core().read_model(model), path, compress_to_fp16=False)
+    crops = np.random.default_rng(1).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    backend = open_backend(path)
+    assert backend.name.startswith("openvino ")
+    np.testing.assert_allclose(backend.run({"images": crops})["embedding"], reference(crops), rtol=1e-5, atol=1e-6)
+    path.with_suffix(".bin").unlink()
+    with pytest.raises(ModelFileError, match=r"model\.xml: openvino .* cannot load it"):
+        open_backend(path)
+
+
+def test_openvino_computes_in_float32(model):
+    pytest.importorskip("openvino")
+    backend = open_backend(model, engine="openvino", threads=1)
+    assert backend.name.endswith(" cpu f32")
+    assert str(backend._model.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
+    assert backend._model.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_the_engine_that_is_installed_is_taken(monkeypatch, tmp_path):
+    missing = {"onnxruntime"}
+    monkeypatch.setattr("dpal_edge.runtime.backend.find_spec", lambda name: None if name in missing else name)
+    assert choose_engine(tmp_path / "model.onnx") == "openvino"
+    assert choose_engine(tmp_path / "model.onnx", "onnxruntime") == "onnxruntime"
+    missing.add("openvino")
+    assert choose_engine(tmp_path / "model.onnx") == "onnxruntime"  # whose absence is then an error
+    assert choose_engine(tmp_path / "model.xml") == "openvino"
 
 
 def test_a_silent_fallback_is_refused(model, monkeypatch):
@@ -48,11 +85,13 @@ def test_a_silent_fallback_is_refused(model, monkeypatch):
         open_backend(model, device="cuda")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("content", [b"", b"not a model", None])
-def test_a_damaged_model_is_one_line(model, content):
+def test_a_damaged_model_is_one_line(model, engine, content):
+    pytest.importorskip(engine)
     model.write_bytes(model.read_bytes()[:200] if content is None else content)
-    with pytest.raises(ModelFileError, match=r"model\.onnx: onnxruntime .* cannot load it") as caught:
-        open_backend(model)
+    with pytest.raises(ModelFileError, match=rf"model\.onnx: {engine} .* cannot load it") as caught:
+        open_backend(model, engine=engine)
     assert "\n" not in str(caught.value)
 
 
@@ -61,18 +100,20 @@ def test_a_missing_model(tmp_path):
         open_backend(tmp_path / "absent.onnx")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "feeds", [{}, {"images": np.zeros((1, *SIZE, 3), np.float32)}, {"images": np.zeros((1, 2, 2, 3), np.uint8)}]
 )
-def test_inputs_that_do_not_fit(model, feeds):
+def test_inputs_that_do_not_fit(model, engine, feeds):
+    pytest.importorskip(engine)
     with pytest.raises(ModelFileError, match="cannot run the model on these inputs"):
-        open_backend(model).run(feeds)
+        open_backend(model, engine=engine).run(feeds)
 
 
 def test_unknown_engines_and_suffixes(tmp_path):
     with pytest.raises(BackendUnavailable, match=r"no engine for '\.pt' files, expected \.onnx"):
         open_backend(tmp_path / "model.pt")
-    with pytest.raises(BackendUnavailable, match="no engine 'torch', expected one of: onnxruntime"):
+    with pytest.raises(BackendUnavailable, match="no engine 'torch', expected one of: onnxruntime, openvino"):
         open_backend(tmp_path / "model.onnx", engine="torch")
 
 

@@ -29,7 +29,7 @@ def test_people_of_a_frame(pipeline):
     expected = reference(colours)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose([red.embedding, green.embedding], expected, rtol=1e-5)
-    assert pipeline.timing_ms.keys() == {"detect", "embed", "track"}
+    assert pipeline.timing_ms.keys() == {"detect", "crop", "model", "decode", "track"}
 
 
 def test_tracks_follow_people_who_cross(pipeline):
@@ -43,12 +43,12 @@ def test_an_empty_frame_has_nobody(pipeline):
 
 
 def test_without_tracker_or_embedding(tmp_path):
-    bundle = write_bundle(tmp_path / "pose", task="pose")
+    bundle = write_bundle(tmp_path / "attributes", task="attributes", labels=tuple("abcde"))
     with Pipeline.open(bundle, detector=ColourDetector(), tracker=False) as pipeline:
         (person,) = pipeline(people_frame({"b": (10, 20)}))
         assert person.track_id is None
         assert person.embedding is None
-        with pytest.raises(ModelFileError, match="no embedding head, only: pose"):
+        with pytest.raises(ModelFileError, match="no embedding head, only: attributes"):
             pipeline.embed(np.zeros((1, *SIZE, 3), np.uint8))
 
 
@@ -89,7 +89,7 @@ def test_bad_crops(pipeline):
 
 def test_a_closed_pipeline_says_so(pipeline):
     pipeline.close()
-    with pytest.raises(ValueError, match="the pipeline is closed"):
+    with pytest.raises(ValueError, match="the model is closed; open it again"):
         pipeline.embed(np.zeros((1, *SIZE, 3), np.uint8))
 
 
@@ -120,7 +120,9 @@ def test_a_folder_that_is_no_bundle(tmp_path):
 
 def test_no_engine_for_any_artifact(tmp_path):
     bundle = write_bundle(tmp_path / "other", target="model.plan")
-    with pytest.raises(BackendUnavailable, match="holds onnx, which no engine here can run; engines here: onnxruntime"):
+    with pytest.raises(
+        BackendUnavailable, match="holds onnx, which no engine here can run; engines here: onnxruntime, openvino"
+    ):
         Pipeline.open(bundle, detector=ColourDetector())
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dpal_edge.runtime.boxes import iou
-from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
+from dpal_edge.runtime.preprocess import crop_people, letterbox_frame, pixel_boxes
 
 pytest.importorskip("cv2")
 
@@ -54,3 +54,17 @@ def test_no_boxes_give_an_empty_batch():
     crops = crop_people(np.zeros((8, 10, 3), np.uint8), np.empty((0, 4), np.float32), (6, 4))
     assert crops.shape == (0, 6, 4, 3)
     assert crops.dtype == np.uint8
+
+
+def test_a_letterboxed_frame_is_rgb_at_the_top_left_of_grey():
+    frame = np.zeros((4, 4, 3), np.uint8)
+    frame[:2, :2, 0] = [[0, 100], [200, 100]]  # blue, mean 100
+    image = letterbox_frame(frame, (2, 3))
+    assert image[:, :2, 2].tolist() == [[100, 0], [0, 0]]
+    assert (image[:, 2] == 114).all()
+    larger = letterbox_frame(frame, (8, 9))  # twice as large, and one column of grey
+    assert larger.shape == (8, 9, 3)
+    assert (larger[:, 8] == 114).all()
+    assert (larger[:, 5:8] == 0).all()
+    same = letterbox_frame(frame, (4, 4))
+    np.testing.assert_array_equal(same, frame[..., ::-1])

