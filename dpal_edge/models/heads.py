@@ -6,7 +6,6 @@ Every head maps tokens (B, 1 + N, D), the global token first and N patches in ro
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +32,6 @@ def build_head(config: HeadConfig, place: Place) -> nn.Module:
         known = "; ".join(f"{task}: {', '.join(names)}" for task, names in KINDS.items())
         raise ConfigError(f"no {config.kind!r} head for {config.task!r}; known are {known}")
     return kinds[config.kind](config, place)
-
-
-def resolve_head(config: HeadConfig) -> HeadConfig:
-    """Fill in the default number of channels."""
-    return config if config.channels else replace(config, channels=_CHANNELS.get(config.task, 0))
 
 
 def patch_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -237,4 +231,3 @@ KINDS: dict[str, dict[str, Callable[[HeadConfig, Place], nn.Module]]] = {
     "reid": {"bnneck": BNNeckHead, "linear": LinearEmbeddingHead},
     "detection": {"pyramid": PyramidHead},
 }
-_CHANNELS = {"parsing": 128, "reid": 256, "detection": 128}

@@ -138,7 +138,7 @@ class BundleFeatures:
         if artifact is None:
             targets = ", ".join(a.target for a in manifest.artifacts)
             raise BackendUnavailable(f"{bundle}: no engine for its artifacts ({targets}); known: {', '.join(ENGINES)}")
-        backend = open_backend(manifest.file(bundle, artifact.file), device="cpu" if device == "auto" else device)
+        backend = open_backend(manifest.open_artifact(bundle, artifact), device="cpu" if device == "auto" else device)
         description = {
             "model": str(bundle),
             "kind": "bundle",

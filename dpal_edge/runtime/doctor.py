@@ -54,9 +54,13 @@ _PACKAGES = (
 # Stage -> the modules it imports, and the extras that bring them.
 _STAGES = {
     "train": (
-        ("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "rich", "fsspec", "tensorboard", "hotcoco"),
+        (
+            *("torch", "torchvision", "timm", "safetensors", "PIL", "yaml", "rich", "fsspec", "tensorboard"),
+            *("hotcoco", "scipy"),
+        ),
         "train",
     ),
+    "evaluate": (("hotcoco", "PIL", "scipy"), "evaluate"),
     "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime"), "export"),
     "run": (("onnxruntime", "cv2"), "onnxruntime,camera"),
 }

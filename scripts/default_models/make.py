@@ -2,8 +2,8 @@
 
     python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
 
-Steps: footage, teacher, distil, student, detector, pack, score; all by default. Each continues where it was interrupted,
-and what is finished is not done again. Settings lie beside this file; hours on two CPU cores, minutes on a GPU.
+Steps: footage, teacher, distil, student, detector, pack, score; all by default. Each continues where it was
+interrupted, and what is finished is not done again. Settings lie beside this file; hours on two CPU cores.
 """
 
 import csv

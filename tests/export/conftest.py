@@ -7,7 +7,6 @@ from PIL import Image
 
 from dpal_edge.models.checkpoint import write_checkpoint
 from dpal_edge.models.head_config import HeadConfig
-from dpal_edge.models.heads import resolve_head
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.students import Student, StudentConfig, build_student, config_to_dict, init_student_weights
 from dpal_edge.models.swin import SwinConfig
@@ -38,7 +37,7 @@ def tiny_student(seed: int, config: StudentConfig = CONFIG) -> Student:
 def tiny_human(seed: int, heads: dict[str, HeadConfig], config: StudentConfig = CONFIG) -> HumanModel:
     """A model whose batch norms have seen data, and whose detector, if any, is not sure of the same box everywhere."""
     torch.manual_seed(seed)
-    model = HumanModel(tiny_student(seed, config), {task: resolve_head(head) for task, head in heads.items()})
+    model = HumanModel(tiny_student(seed, config), heads)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.heads.state_dict().items():
         if tensor.is_floating_point():

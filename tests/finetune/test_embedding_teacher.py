@@ -74,8 +74,8 @@ def test_a_student_that_agrees_has_no_loss(tmp_path):
 
 def test_a_student_learns_it_without_labels(settings, folders, tmp_path):
     teacher = write_teacher(tmp_path / "t.onnx")
-    changes = {"task": [f"reid={folders['reid'] / 'bounding_box_train'}"], "share": [], "reid_teacher": str(teacher),
-               "steps": 60, "batch": 6, "log_every": 10, "save_every": 60, "drop_path": 0.0, "layer_decay": 1.0}  # fmt: skip
+    changes = {"task": [f"reid={folders['reid'] / 'bounding_box_train'}"], "share": [], "reid_teacher": str(teacher)}
+    changes |= {"steps": 60, "batch": 6, "log_every": 10, "save_every": 60, "drop_path": 0.0, "layer_decay": 1.0}
     run_finetuning(build_config({**settings, **changes}), tmp_path / "run")
     course = [line["reid/cosine"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert course[-1] < 0.6 * course[0]

@@ -132,8 +132,11 @@ def test_a_backbone_alone_has_no_heads(tmp_path):
 def test_the_backbone_runs_once_for_all_heads():
     model = HumanModel(
         build_student(CONFIG),
-        {"pose": HeadConfig(task="pose", kind="simcc", labels=LABELS), "reid": HeadConfig(task="reid", kind="linear", channels=5)},
-    )  # fmt: skip
+        {
+            "pose": HeadConfig(task="pose", kind="simcc", labels=LABELS),
+            "reid": HeadConfig(task="reid", kind="linear", channels=5),
+        },
+    )
     calls = []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))
     assert set(model(torch.randn(1, 3, 64, 32))) == {"pose", "reid"}

@@ -104,7 +104,7 @@ def test_wrong_options(given, message):
 
 
 def test_data_are_checked_before_the_model_is_opened(tmp_path):
-    with pytest.raises(DataError, match="'query' is in none of the layouts known here. Market-1501: "):
+    with pytest.raises(DataError, match=r"'query' is in none of the layouts known here\. Market-1501: "):
         probe("gone.pth", tasks=[f"reid={tmp_path}"])
 
 

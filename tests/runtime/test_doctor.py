@@ -231,7 +231,7 @@ def test_json_has_the_documented_fields(machine):
     assert data["schema"] == 1
     assert set(data["libraries"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "opencv", "torch"}
     assert set(data["libraries"]["torch"]) == {"state", "version", "devices", "reason", "used"}
-    assert set(data["stages"]) == {"train", "export", "run"}
+    assert set(data["stages"]) == {"train", "evaluate", "export", "run"}
     assert data["cpu"] == {
         "model": "ARM part 0xd42",
         "cores": 1,

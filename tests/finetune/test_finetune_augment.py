@@ -112,5 +112,5 @@ def test_a_view_is_a_function_of_its_generator():
 
 
 def test_values_out_of_range():
-    with pytest.raises(ConfigError, match="augmentation scale is 1.2, expected 0 to 0.9"):
+    with pytest.raises(ConfigError, match=r"augmentation scale is 1\.2, expected 0 to 0\.9"):
         Augmentation(scale=1.2)
