@@ -34,7 +34,7 @@ def test_models_open_with_their_heads(name):
     assert set(model.configs) == MODELS[name]
     assert metadata["limits"]
     dtypes = {str(value.dtype) for value in read_checkpoint(ASSETS / f"{name}.safetensors").tensors.values()}
-    assert dtypes == {"torch.float16"}
+    assert dtypes <= {"torch.float16", "torch.int64"}  # the latter: how many batches a batch norm has seen
     assert (ASSETS / f"{name}.md").read_text().startswith(f"# {name}")
 
 

@@ -169,10 +169,10 @@ def _frames(story: Story) -> str:
     lasting = sum(length >= _LASTING for length in lengths.values())
     latency = story.ran.latency_ms
     return (
-        "<h2>What the runtime sees</h2><p>The person detector and the student that come with dpal-edge: people are "
-        f"found, cut out, and in one batch {_tasks(story.shipped)} are computed for all of them; tracks follow overlap "
-        "and embedding, and the number is the track. The student's unlabelled crops and the detector's pseudo-labels "
-        "came from this clip among others, so this shows what the heads give, not how well they do elsewhere.</p>"
+        "<h2>What the runtime sees</h2><p>People are found by what differs from the empty room and cut out; the "
+        f"student that comes with dpal-edge computes {_tasks(story.shipped)} for all of them in one batch, and tracks "
+        "follow overlap and embedding: the number is the track. That student is young (its card in dpal_edge/assets "
+        "has its scores), and crops of this clip were among the unlabelled ones it learned from.</p>"
         f"<div class=grid>{figures}</div><p>{html.video(video.read_bytes(), '.webm', poster=stills[0][1])}</p>"
         f"<p class=soft>{story.ran.frames} frames, {story.ran.persons} boxes, {story.ran.tracks} tracks, of which "
         f"{lasting} last {_LASTING} frames or more . 95 % of frames took less than: "

@@ -163,7 +163,8 @@ def _trained(summary: Summary) -> str:
 
 
 def _run_clip(out: Path) -> RunSummary:
-    with Video(ROOM_CLIP) as clip, Pipeline.open(out / "people") as pipeline:
+    detector = EmptyRoomDetector(empty_room(ROOM_CLIP))
+    with Video(ROOM_CLIP) as clip, Pipeline.open(out / "people", detector=detector) as pipeline:
         return run_video(pipeline, clip, out=out / "annotated.webm", jsonl=out / "people.jsonl")
 
 

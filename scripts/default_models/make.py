@@ -18,8 +18,10 @@ import cv2
 from base_teacher import LICENCE, write_teacher
 
 from dpal_edge import __version__
-from dpal_edge.files import write_text
-from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from dpal_edge.export.bundle import ExportSettings
+from dpal_edge.export.linked import link
+from dpal_edge.files import read_lines, write_text
+from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, read_newest, write_checkpoint
 from dpal_edge.models.human import load_human
 
 HERE = Path(__file__).parent
@@ -28,6 +30,8 @@ RESULTS = HERE.parents[1] / "bench" / "results" / "default_models.json"
 STEPS = ("footage", "teacher", "distil", "student", "detector", "pack", "score")
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
+RUNS = ("teacher", "distil", "student-small", "student", "detector")
+PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
 COCO_REPEATS = 8  # its 61 frames vary more than the hundreds of the clips
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
@@ -50,11 +54,7 @@ class Maker:
         detector = self.omz / name / "FP16" / f"{name}.xml"
         _python(HERE / "footage.py", "--detector", detector, "--out", self.work / "footage", *videos)
         for source in (self.data / "lspet" / "train", self.data / "ccp" / "train_images", self.work / "footage/crops"):
-            folder = self.work / "unlabelled" / f"{source.parent.name}_{source.name}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for image in source.iterdir():
-                (folder / image.name).unlink(missing_ok=True)
-                (folder / image.name).symlink_to(image.resolve())
+            link_images(source, ("",), self.work / "unlabelled" / f"{source.parent.name}_{source.name}")
 
     def teacher(self) -> None:
         """Train the teacher."""
@@ -76,20 +76,25 @@ class Maker:
         self._finetune("student", self.work / "student-small")
 
     def detector(self) -> None:
-        """Train the detector, on small frames first."""
+        """Train the detector on the student's backbone."""
         parts = {self.data / "coco_person": ("train2017", COCO_REPEATS), self.work / "footage": ("train", 1)}
         frames = join_frames(parts, self.work / "frames")
         paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
-        for name, init in (("detector-small", "student-small"), ("detector", "detector-small")):
-            run = self.work / name
-            _command("finetune", "--init", self.work / init, "--task", f"detection={frames}", "--out", run,
-                     "--config", HERE / f"{name}.yaml", *paste, *_resume(run))  # fmt: skip
+        run = self.work / "detector"
+        _command("finetune", "--init", self.work / "student-small", "--task", f"detection={frames}", "--out", run,
+                 "--config", HERE / "detector.yaml", *paste, *_resume(run))  # fmt: skip
 
     def pack(self) -> None:
-        """Write the better weights of each run in float16 to the assets."""
+        """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
+        # Goldens travel with the package, and of the people in these data only those of Intel's clips may.
+        sources = {"student": self.work / "footage" / "crops", "detector": self.work / "footage" / "train"}
+        images = {run: link_images(folder, PUBLIC, self.work / "public" / run) for run, folder in sources.items()}
         for run, name in PACKED.items():
+            path = ASSETS / f"{name}.safetensors"
             if list_checkpoints(self.work / run):
-                pack(self.work / run, ASSETS / f"{name}.safetensors")
+                pack(self.work / run, path)
+                if run in images:
+                    link(path, ExportSettings(calibration=(str(images[run]),)))
 
     def score(self) -> None:
         """Score the packed models on the validation parts; write bench/results/default_models.json."""
@@ -105,7 +110,8 @@ class Maker:
                 command = [sys.executable, "-m", "dpal_edge", "evaluate", str(ASSETS / f"{name}.safetensors"), *options]
                 done = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
                 results.append({"name": name, **_without_folders(json.loads(done.stdout))})
-        write_text(RESULTS, json.dumps(results, indent=2) + "\n")
+        training = {run: curve(self.work / run) for run in RUNS if (self.work / run).exists()}
+        write_text(RESULTS, json.dumps({"scores": results, "training": training}, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
 
     def _finetune(self, name: str, init: Path) -> None:
@@ -117,6 +123,16 @@ class Maker:
         run = self.work / name
         _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / f"{name}.yaml",
                  "--set", f"reid_teacher={teacher}?color=bgr", *_resume(run))  # fmt: skip
+
+
+def link_images(folder: Path, prefixes: tuple[str, ...], out: Path) -> Path:
+    """Link the images of ``folder`` whose names begin so into ``out``, and return it."""
+    out.mkdir(parents=True, exist_ok=True)
+    for image in folder.iterdir():
+        if image.name.startswith(prefixes):
+            (out / image.name).unlink(missing_ok=True)
+            (out / image.name).symlink_to(image.resolve())
+    return out
 
 
 def join_frames(sources: dict[Path, tuple[str, int]], out: Path) -> Path:
@@ -139,6 +155,20 @@ def join_frames(sources: dict[Path, tuple[str, int]], out: Path) -> Path:
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
     write_text(out / "annotations" / "instances_train.json", json.dumps(document))
     return out
+
+
+def curve(run: Path, points: int = 20) -> dict[str, Any]:
+    """Return how a run went: its device and precision, and the means of ``points`` stretches of its metrics."""
+    written = read_newest(run)[1].metadata["written"]
+    lines = read_lines(run / "metrics.jsonl")
+    stretches = [lines[i * len(lines) // points : (i + 1) * len(lines) // points] for i in range(points)]
+    names = [name for name in lines[-1] if name not in ("step", "lr") and not name.startswith("usage/")]
+    means = [
+        {"step": part[-1]["step"], **{name: round(sum(line[name] for line in part) / len(part), 4) for name in names}}
+        for part in stretches
+        if part
+    ]
+    return {"device": written["device"], "precision": written["precision"], "curve": means}
 
 
 def write_labelled_frames(videos: Path, out: Path) -> Path:
@@ -167,17 +197,14 @@ def write_labelled_frames(videos: Path, out: Path) -> Path:
 def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
     """Keep of paths their last part: the rest is this machine's."""
     tasks = {task: {**told, "data": Path(told["data"]).name} for task, told in result["tasks"].items()}
-    return {**result, "model": {**result["model"], "model": Path(result["model"]["model"]).name}, "tasks": tasks}
+    model = {n: Path(v).name if n in ("model", "file") else v for n, v in result["model"].items()}
+    return {**result, "model": model, "tasks": tasks}
 
 
 def pack(run: Path, path: Path) -> None:
     """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type."""
     model, metadata = load_human(run)
-    tensors = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    tensors = {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()}
     kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
     facts: dict[str, Any] = {name: metadata[name] for name in kept}
     facts |= {"teachers": [_brief(passport) for passport in metadata["teachers"]], "best": "backbone"}

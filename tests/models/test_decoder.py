@@ -51,7 +51,7 @@ def test_experts_are_identical_with_zero_queries_and_differ_with_normal_ones():
     same = experts_of(build(query_init="zeros"), tokens)
     assert same.shape == (2, EXPERTS, WIDTH, OUT)
     for k in (1, 2):
-        torch.testing.assert_close(same[:, k], same[:, 0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(same[:, k], same[:, 0], rtol=2e-6, atol=1e-6)  # rounding
     different = experts_of(build(query_init="normal"), tokens)
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (different[:, a] - different[:, b]).abs().mean() > 0.01
