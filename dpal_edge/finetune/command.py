@@ -10,7 +10,8 @@ from typing import Any
 from dpal_edge.errors import ConfigError
 from dpal_edge.finetune.config import FinetuneConfig, build_config
 from dpal_edge.finetune.presets import PRESETS
-from dpal_edge.finetune.run import Summary, Watcher, run_finetuning
+from dpal_edge.finetune.run import Summary, run_finetuning
+from dpal_edge.finetune.watcher import Watcher
 from dpal_edge.train.config import parse_setting, read_config
 from dpal_edge.train.panel import named
 from dpal_edge.train.setup import read_run_config

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpal_edge.errors import DataError
 from dpal_edge.finetune.objective import Example, Objective
+from dpal_edge.train.loop import end_workers, next_batch, prepare_worker
 
 _TRIES = 20  # examples in a row that may be unusable before a batch is given up
 
@@ -50,9 +51,20 @@ class Batches(Dataset[Batch]):
         # Forked, so that what an objective holds (an engine, its data set) need not be pickled; workers only read.
         context: Any = "fork" if workers else None
         loader: DataLoader[Batch] = DataLoader(
-            self, sampler=steps, batch_size=None, num_workers=workers, pin_memory=pin, multiprocessing_context=context
+            self,
+            sampler=steps,
+            batch_size=None,  # an item is a whole batch
+            num_workers=workers,
+            pin_memory=pin,
+            multiprocessing_context=context,
+            worker_init_fn=prepare_worker,
         )
-        return iter(loader)
+        iterator = iter(loader)
+        try:
+            while (batch := next_batch(iterator)) is not None:
+                yield batch
+        finally:
+            end_workers(iterator)
 
 
 def read_example(

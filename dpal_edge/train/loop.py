@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ _NO_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+Item = TypeVar("Item")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,7 +89,7 @@ class TimedLoader:
             batch_size=None,  # an item is a whole batch
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_prepare_worker,
+            worker_init_fn=prepare_worker,
         )
         self._iterator: Iterator[Batch] | None = None
 
@@ -103,7 +104,7 @@ class TimedLoader:
         try:
             while True:
                 start = time.perf_counter()
-                batches = [batch for batch in (_next(self._iterator) for _ in range(self._accumulate)) if batch]
+                batches = [batch for batch in (next_batch(self._iterator) for _ in range(self._accumulate)) if batch]
                 self.waited_s += time.perf_counter() - start
                 if not batches:
                     return
@@ -112,9 +113,8 @@ class TimedLoader:
             self.close()
 
     def close(self) -> None:
-        """End the workers: they ignore signals, so nothing else would before the interpreter waits for them."""
-        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
-            self._iterator._shutdown_workers()
+        """End the workers."""
+        end_workers(self._iterator)
 
 
 def choose_device(config: Machine, world: World, *, earlier: str | None = None) -> tuple[torch.device, str]:
@@ -346,7 +346,7 @@ def _parameter_groups(method: Method, config: TrainConfig) -> list[dict[str, obj
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
-def _next(iterator: Iterator[Batch]) -> Batch | None:
+def next_batch(iterator: Iterator[Item]) -> Item | None:
     """Return the next batch, None at the end.
 
     Raises:
@@ -365,7 +365,13 @@ def _next(iterator: Iterator[Batch]) -> Batch | None:
         ) from error
 
 
-def _prepare_worker(worker: int) -> None:
+def end_workers(iterator: object) -> None:
+    """End a loader's workers: they ignore signals, so nothing else would before the interpreter waits for them."""
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+
+
+def prepare_worker(worker: int) -> None:
     """Let Ctrl-C and SIGTERM reach the loop alone: it finishes the update in hand with batches that must still come."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

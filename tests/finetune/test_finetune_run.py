@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from dpal_edge.errors import ConfigError, DataError, ModelFileError
 from dpal_edge.finetune.config import build_config
 from dpal_edge.finetune.loop import learning_rate, parameter_groups
-from dpal_edge.finetune.run import Watcher, run_finetuning
+from dpal_edge.finetune.run import run_finetuning
 from dpal_edge.finetune.setup import build_model, crop_size, open_init, open_objectives
+from dpal_edge.finetune.watcher import Watcher
 from dpal_edge.models.checkpoint import load_backbone, read_newest
 from dpal_edge.models.human import load_human
 from tests.tasks import layouts
@@ -76,6 +77,17 @@ def test_a_resumed_run_ends_with_the_same_weights(settings, tmp_path, workers):
     assert all(torch.equal(one[name], two[name]) for name in one)
     lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_what_a_worker_cannot_read_is_one_line(settings, tmp_path):
+    folder = layouts.write_attributes(tmp_path / "attributes", images=40)
+    for image in (folder / "images").iterdir():
+        image.write_bytes(b"no image")
+    changes = {"task": [f"attributes={folder}"], "share": [], "workers": 1, "validation_images": 0}
+    with pytest.raises(DataError) as caught:
+        run_finetuning(build_config({**settings, **changes}), tmp_path / "run")
+    assert str(caught.value).startswith("attributes: 20 examples in a row cannot be used; the last: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_scores_on_the_evaluation_parts(settings, tmp_path):

@@ -1,0 +1,257 @@
+"""What a run of fine-tuning has open, and what it keeps in its folder."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpal_edge import __version__
+from dpal_edge.errors import ConfigError, DataError, ModelFileError
+from dpal_edge.evaluate.command import read_splits
+from dpal_edge.evaluate.validation import evaluate_model
+from dpal_edge.files import append_lines, read_lines, write_text
+from dpal_edge.finetune.config import FinetuneConfig
+from dpal_edge.finetune.data import TaskBatch, read_example, stack
+from dpal_edge.finetune.loop import State, build_state, validate
+from dpal_edge.finetune.objective import Objective
+from dpal_edge.finetune.setup import build_model, check_examples, crop_size, digest, open_init, open_objectives
+from dpal_edge.finetune.watcher import Watcher
+from dpal_edge.models.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, read_newest, write_checkpoint
+from dpal_edge.models.students import config_to_dict
+from dpal_edge.tasks.sample import TOLERANCE
+from dpal_edge.tasks.table import parse_tasks
+from dpal_edge.train.distributed import World
+from dpal_edge.train.loop import choose_device
+
+MAY_CHANGE = frozenset(
+    {"steps", "lr", "clip", "precision", "device", "workers", "log_every", "save_every", "keep", "trackers"}
+    | {"evaluate_every", "evaluate_images"}
+)  # between start and resume
+
+
+class Session:
+    """A run from one start or resume to its next stop: what is open, and what it keeps in its folder."""
+
+    def __init__(self, config: FinetuneConfig, folder: Path, watcher: Watcher, saved: Checkpoint | None) -> None:
+        self.config, self.folder, self.watcher = config, folder, watcher
+        torch.manual_seed(config.seed)  # of weights that only training needs
+        start = open_init(config)
+        self.facts = start.facts
+        size = crop_size(config, start.backbone)
+        self.objectives, held = open_objectives(config, size)
+        check_examples(list(self.objectives.values()))
+        self.counts = config.counts({task: len(objective) for task, objective in self.objectives.items()})
+        self.digest = digest(self.objectives)
+        earlier = saved.metadata["written"]["precision"] if saved else None
+        device, precision = choose_device(config, World(), earlier=earlier)
+        model = build_model(start, self.objectives, config)
+        mean, std = tuple(start.facts["mean"]), tuple(start.facts["std"])
+        self.state = build_state(model, self.objectives, config, device, precision, mean=mean, std=std)
+        self.name = start.name
+        self.skipped: dict[str, str] = {}
+        self.losses: dict[str, float] = {}
+        self.held = _held_batches(held, self.counts, self.skipped)
+        self.scores: dict[str, dict[str, float]] = {}
+        self.folders = {
+            task: folder
+            for task, folder in parse_tasks(config.task).items()
+            if not (task == "reid" and config.reid_teacher)
+        }
+        if config.evaluate_every:
+            read_splits(self.folders)  # what an evaluation hours from now will need
+        if saved is not None:
+            self._restore(saved)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Put the state back to where ``saved`` was written."""
+        if saved.metadata["images"]["sha256"] != self.digest:
+            raise ModelFileError(f"{self.folder}: the images have changed since the run began; put them back")
+        state = self.state
+        model = {name: value for name, value in saved.tensors.items() if name.startswith(("backbone.", "heads."))}
+        state.model.load_state_dict(model)
+        ema = {f"backbone.{name}": value for name, value in saved.part("ema").items()}
+        state.ema.load_state_dict(ema | {f"heads.{name}": value for name, value in saved.part("ema_heads").items()})
+        state.objectives.load_state_dict(saved.part("objectives"))
+        moments = saved.part("optimizer")
+        for name, parameter in _trainable(state).items():
+            if f"{name}.step" in moments:
+                found = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                state.optimizer.state[parameter] = {key: value.to(state.device) for key, value in found.items()}
+        if state.scaler.is_enabled() and saved.metadata["scaler"]:
+            state.scaler.load_state_dict(saved.metadata["scaler"])
+        state.step, self.losses = saved.metadata["step"], saved.metadata["validation"]
+
+    def write_start(self) -> None:
+        """Write what is known before the first update; drop numbers of updates that a crash undid."""
+        for folder in (self.folder, self.folder / CHECKPOINTS):
+            for partial in folder.glob(".*.partial*"):
+                partial.unlink(missing_ok=True)
+        write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        problems = [{"task": t, "problem": text} for t, o in self.objectives.items() for text in o.problems]
+        write_text(self.folder / "problems.jsonl", "".join(f"{json.dumps(line)}\n" for line in problems))
+        for name in ("metrics.jsonl", "validation.jsonl", "scores.jsonl"):
+            kept = [line for line in read_lines(self.folder / name) if line["step"] <= self.state.step]
+            write_text(self.folder / name, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what will be trained on what."""
+        model = self.state.model
+        return {
+            "init": self.config.init,
+            "architecture": self.name,
+            "size": list(model.backbone.config.size),
+            "parameters": {"backbone": _count(model.backbone), **{t: _count(h) for t, h in model.heads.items()}},
+            "trainable": sum(p.numel() for g in self.state.optimizer.param_groups for p in g["params"]),
+            "tasks": {t: {"examples": len(o), "per_update": self.counts[t], "head": o.head.kind, "bad": len(o.problems)}
+                      for t, o in self.objectives.items()},
+            "device": str(self.state.device),
+            "precision": self.state.precision,
+            "from_step": self.state.step,
+            "steps": self.config.steps,
+        }  # fmt: skip
+
+    def save(self) -> Path:
+        """Validate, write ``step-N.safetensors``, drop old ones, and return its path.
+
+        Raises:
+            DataError: the weights are not finite, or the file cannot be written; earlier checkpoints stay.
+        """
+        state = self.state
+        path = self.folder / CHECKPOINTS / f"step-{state.step:08d}.safetensors"
+        if path.exists():
+            return path
+        if not all(parameter.isfinite().all() for parameter in state.model.parameters()):
+            raise DataError(f"the weights are not finite at update {state.step}, so they are not saved")
+        if self.held:
+            self.losses = validate(state, self.held, self.config)
+            append_lines(self.folder / "validation.jsonl", [{"step": state.step, **self.losses}])
+        write_checkpoint(path, state_tensors(state), self._metadata())
+        for old in list_checkpoints(self.folder)[: -self.config.keep]:
+            old.unlink()
+        self.watcher.saved(path, self.losses)
+        return path
+
+    def _metadata(self) -> dict[str, Any]:
+        state = self.state
+        return {
+            "teachers": self.facts.get("teachers", []),
+            "origin": self.facts.get("origin"),
+            "images": {"count": sum(map(len, self.objectives.values())), "sha256": self.digest},
+            "student": self.name,
+            "architecture": config_to_dict(state.model.backbone.config),
+            "heads": {task: config.to_dict() for task, config in state.model.configs.items()},
+            "mean": state.mean,
+            "std": state.std,
+            "step": state.step,
+            "best": self._best(),
+            "validation": self.losses,
+            "config": self.config.to_dict(),
+            "scaler": state.scaler.state_dict(),
+            "written": {
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "dpal_edge": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": str(state.device),
+                "precision": state.precision,
+            },
+        }
+
+    def evaluate(self) -> None:
+        """Score the better weights on the evaluation parts of the labelled tasks; write ``scores.jsonl``."""
+        state, config = self.state, self.config
+        model = state.model if self._best() == "backbone" else state.ema
+        self.scores = evaluate_model(
+            model, self.folders, mean=state.mean, std=state.std, device=state.device, limit=config.evaluate_images
+        )
+        append_lines(self.folder / "scores.jsonl", [{"step": state.step, **self.scores}])
+        self.watcher.evaluated(state.step, self.scores)
+
+    def _best(self) -> str:
+        return min(self.losses, key=self.losses.__getitem__, default="ema")
+
+    def check_skipped(self) -> None:
+        """Write ``skipped.jsonl``; stop where too many files cannot be used.
+
+        Raises:
+            DataError: more than 5 % of the examples.
+        """
+        if not self.skipped:
+            return
+        lines = [{"file": file, "reason": reason} for file, reason in sorted(self.skipped.items())]
+        write_text(self.folder / "skipped.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+        total = sum(map(len, self.objectives.values()))
+        if len(self.skipped) > TOLERANCE * total:
+            reason = next(iter(self.skipped.values()))
+            raise DataError(
+                f"{len(self.skipped)} of {total} images cannot be used (more than {100 * TOLERANCE:g} %), for example "
+                f"{reason}; all are in {self.folder / 'skipped.jsonl'}"
+            )
+
+
+def state_tensors(state: State) -> dict[str, Tensor]:
+    """Return every tensor that an update changes, by the names of a checkpoint."""
+    tensors = dict(state.model.state_dict())
+    for name, value in state.ema.state_dict().items():
+        part, _, rest = name.partition(".")
+        tensors[f"{'ema' if part == 'backbone' else 'ema_heads'}.{rest}"] = value
+    tensors |= {f"objectives.{name}": value for name, value in state.objectives.state_dict().items()}
+    for name, parameter in _trainable(state).items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _trainable(state: State) -> dict[str, Tensor]:
+    named = [*state.model.named_parameters(), *((f"objectives.{n}", p) for n, p in state.objectives.named_parameters())]
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+def _held_batches(
+    held: Mapping[str, Objective], counts: Mapping[str, int], skipped: dict[str, str]
+) -> list[Mapping[str, TaskBatch]]:
+    """Read the held-out images of all tasks, plain, as batches of the training's proportions."""
+    if not held:
+        return []
+    rounds = min(-(-len(objective) // counts[task]) for task, objective in held.items())
+
+    def batches() -> Iterator[Mapping[str, TaskBatch]]:
+        for i in range(max(rounds, 1)):
+            yield {
+                task: stack([
+                    read_example(objective, j % len(objective), None, skipped)[1]
+                    for j in range(i * counts[task], (i + 1) * counts[task])
+                ])
+                for task, objective in held.items()
+            }  # fmt: skip
+
+    return list(batches())
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def checkpoint_to_resume(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
+    """Read the newest checkpoint of a run; None if it has none yet.
+
+    Raises:
+        ModelFileError: it is damaged.
+        ConfigError: the run was started with other settings, or has done more updates than it is to do.
+    """
+    if not list_checkpoints(folder):
+        return None
+    _, saved = read_newest(folder)
+    before = saved.metadata["config"]
+    changed = [k for k, v in config.to_dict().items() if v != before.get(k) and k not in MAY_CHANGE]
+    if changed:
+        was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
+        raise ConfigError(f"{folder}: cannot resume with other settings; the run has {was}; start a new run for others")
+    if saved.metadata["step"] > config.steps:
+        raise ConfigError(f"{folder}: steps is {config.steps}, but {saved.metadata['step']} updates are done already")
+    return saved
