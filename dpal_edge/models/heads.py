@@ -48,7 +48,7 @@ class SimCCHead(nn.Module):
 
     Source: SimCC (Li et al., 2022) and the neck of RTMPose (Jiang et al., 2023). Differs: there the vectors alone must
     learn which cell lies where; here the marginals know it from the start and the vectors, a ViT block in place of a
-    gated attention unit, begin at zero. On few people this learns faster (bench/pose_heads.py).
+    gated attention unit, begin at zero. bench/pose_heads.py compares them.
     """
 
     def __init__(self, config: HeadConfig, place: Place) -> None:
