@@ -24,6 +24,7 @@ class Augmentation:
     rotate_share: float = 0.6
     shift: float = 0.08  # greatest displacement, of the crop's sides
     colour: float = 0.3  # strength of brightness, contrast, saturation and channel gains
+    hue: float = 0.0  # greatest turn of all colours about grey, of half a circle
     grey: float = 0.05  # share of views without colour
     low_resolution: float = 0.2  # share of views that are reduced, as if the person were far away, and enlarged again
     erase: float = 0.0  # share of views of which a rectangle is hidden
@@ -125,6 +126,8 @@ def change_colours(pixels: Pixels, settings: Augmentation, rng: np.random.Genera
     gains = rng.uniform(1 - strength / 3, 1 + strength / 3, 3)
     contrast, brightness = rng.uniform(1 - strength, 1 + strength, 2)
     matrix = (saturation * np.eye(3) + (1 - saturation) * _LUMA[:, None]) * gains * contrast * brightness
+    if settings.hue:
+        matrix = _turn_about_grey(np.pi * settings.hue * rng.uniform(-1, 1)) @ matrix
     offset = (1 - contrast) * brightness * pixels.mean()
     changed = np.clip(pixels.astype(np.float32) @ matrix.astype(np.float32) + np.float32(offset), 0, 255)
     view: Pixels = changed.astype(np.uint8)
@@ -133,6 +136,16 @@ def change_colours(pixels: Pixels, settings: Augmentation, rng: np.random.Genera
     if rng.random() < settings.erase:
         _erase(view, rng)
     return view
+
+
+def _turn_about_grey(angle: float) -> NDArray[np.float64]:
+    """Return the rotation (3, 3) of RGB about the axis of greys: a third of a circle makes red green."""
+    axis = np.full(3, 3**-0.5)
+    cross = np.cross(np.eye(3), axis)
+    turn: NDArray[np.float64] = (
+        np.cos(angle) * np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * np.outer(axis, axis)
+    )
+    return turn
 
 
 def _reduce(pixels: Pixels, rng: np.random.Generator) -> Pixels:

@@ -11,7 +11,7 @@ from dpal_edge.tasks.table import TASKS, parse_tasks
 from dpal_edge.train.config import check_fields, coerce
 
 _POSITIVE = ("steps", "batch", "lr", "log_every", "save_every", "keep", "parsing_channels", "embedding_channels")
-_SHARES = ("warmup", "layer_decay", "ema_decay", "drop_path", "mix", "paste_share")
+_SHARES = ("warmup", "layer_decay", "ema_decay", "drop_path", "mix", "paste_share", "mosaic")
 _WEIGHTS = {"attributes": 0.1}  # a sum over attributes would drown the others
 _GENTLE_TURN = 10.0  # degrees: people who are recognised stand upright
 
@@ -28,7 +28,9 @@ class FinetuneConfig:
     pose_head: Literal["simcc", "heatmap"] = "simcc"
     parsing_head: Literal["upsample", "linear"] = "upsample"
     attribute_head: Literal["query", "linear"] = "query"
+    attribute_loss: Literal["weighted", "adjusted"] = "weighted"  # adjusted: a score of 0.5 balances recall, not odds
     parsing_channels: int = 128  # of the convolutions of the upsampling head
+    embedding_head: Literal["strips", "linear"] = "strips"  # of an embedding learned from a teacher
     embedding_channels: int = 256  # of an embedding learned from identities; a teacher's has the teacher's
     reid_teacher: str | None = None  # FILE[?color=bgr]: embeddings to learn from, on the unlabelled images of reid=DIR
     freeze_backbone: bool = False  # train heads alone
@@ -43,6 +45,7 @@ class FinetuneConfig:
     paste: str | None = None  # folder of masked people (LIP layout): they become synthetic crowds for detection
     backgrounds: str | None = None  # folder of images without people, for those crowds
     paste_share: float = 0.5  # share of a detector's images that are such crowds
+    mosaic: float = 0.3  # share of its other images that join views of four frames
 
     # Augmentation (finetune/augment.py)
     flip: float = 0.5
@@ -51,6 +54,7 @@ class FinetuneConfig:
     rotate_share: float = 0.6
     shift: float = 0.08
     colour: float = 0.3
+    hue: float = 0.3  # of unlabelled views alone: the teacher sees what became of the clothes, a label does not
     grey: float = 0.05
     low_resolution: float = 0.2
     erase: float = 0.0
@@ -127,6 +131,8 @@ class FinetuneConfig:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)}
         if task not in ("pose", "parsing"):
             fields["rotate"] = min(self.rotate, _GENTLE_TURN)
+        if not (task == "reid" and self.reid_teacher):
+            fields["hue"] = 0.0
         return Augmentation(**fields)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dpal_edge.tasks.letterbox import GREY, Floats
 PERSON, IGNORED = 1, 2  # what a box is to training; 0 fills arrays up
 LEAST_VISIBLE = 0.25  # share of a person below which nobody is asked to find the box
 _LEAST_HEIGHT = 8.0  # pixels of the input: half a patch, below which there is nothing to see
-_SCALES = (0.4, 2.0)  # of the size at which the frame just fits
+SCALES = (0.4, 2.0)  # of the size at which the frame just fits
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class View:
         return clipped[inside], np.where(unseen, IGNORED, kinds).astype(np.int8)[inside]
 
 
-def draw_view(frame: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> View:
-    """Draw a view: a scale of 0.4 to 2 times what just fits, all places alike, half of them mirrored.
+def draw_view(
+    frame: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, scales: tuple[float, float] = SCALES
+) -> View:
+    """Draw a view: a scale between ``scales`` times what just fits, all places alike, half of them mirrored.
 
     Source: large-scale jitter, Ghiasi et al., 2021. Differs: the range, and reduced frames lie anywhere.
 
@@ -68,7 +70,7 @@ def draw_view(frame: tuple[int, int], size: tuple[int, int], rng: np.random.Gene
         size: height, width of the input.
     """
     fitting = min(size[0] / frame[0], size[1] / frame[1])
-    scale = fitting * float(np.exp(rng.uniform(*np.log(_SCALES))))
+    scale = fitting * float(np.exp(rng.uniform(*np.log(scales))))
     x, y = (rng.random(2) * [size[1] - frame[1] * scale, size[0] - frame[0] * scale]).tolist()  # or what hangs over
     return View(scale, (x, y), bool(rng.random() < 0.5), size)
 

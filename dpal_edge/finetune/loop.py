@@ -15,7 +15,7 @@ from dpal_edge.finetune.data import Batch, TaskBatch
 from dpal_edge.finetune.objective import Objective, Values
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.vit import normalize
-from dpal_edge.train.loop import autocast, ema_decay, is_out_of_memory
+from dpal_edge.train.loop import DTYPES, autocast, ema_decay, is_out_of_memory
 
 _UNDECAYED = ("pos_embed", "cls_token", "queries")  # beside tensors of one axis
 
@@ -136,7 +136,7 @@ def losses(state: State, model: HumanModel, tasks: Mapping[str, TaskBatch], conf
     values: Values = {}
     with autocast(state.device, state.precision):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not config.freeze_backbone):
-            tokens = model.backbone(normalize(pixels, state.mean, state.std))
+            tokens = model.backbone(normalize(pixels, state.mean, state.std)).to(DTYPES[state.precision])
         parts = tokens.split([len(batch["image"]) for batch in moved.values()])
         for (task, batch), own in zip(moved.items(), parts, strict=True):
             found = state.objectives[task](model.heads[task], own, batch)

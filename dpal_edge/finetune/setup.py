@@ -126,10 +126,11 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
     if task == "parsing":
         return ParsingObjective(split, size, augmentation, config.parsing_head, config.parsing_channels)
     if task == "attributes":
-        return AttributeObjective(split, size, augmentation, config.attribute_head)
+        return AttributeObjective(split, size, augmentation, config.attribute_head, config.attribute_loss)
     if task == "reid" and config.reid_teacher:
         teacher = EmbeddingTeacher.open(config.reid_teacher)
-        return EmbeddingObjective([s.image for s in split.samples], size, augmentation, teacher, config.mix)
+        images = [sample.image for sample in split.samples]
+        return EmbeddingObjective(images, size, augmentation, teacher, kind=config.embedding_head, mix=config.mix)
     if task == "reid":
         return IdentityObjective(split, size, augmentation, config.embedding_channels)
     detection = import_module("dpal_edge.finetune.objectives.detection")
@@ -139,6 +140,7 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
         paste=Path(config.paste) if config.paste else None,
         backgrounds=Path(config.backgrounds) if config.backgrounds else None,
         paste_share=config.paste_share,
+        mosaic=config.mosaic,
     )
     return objective
 

@@ -19,6 +19,7 @@ from dpal_edge.tasks.decoding import SIMCC_SPLIT
 
 _UP = 4  # cells of a joint's map per side of a patch
 _SIMCC_WIDTH, _SIMCC_HEADS = 256, 8
+_STRIPS = 4  # of a person, for an embedding
 
 
 def build_head(config: HeadConfig, place: Place) -> nn.Module:
@@ -184,6 +185,33 @@ class LinearEmbeddingHead(nn.Module):
         return embedding
 
 
+class StripsEmbeddingHead(nn.Module):
+    """An embedding (B, channels): one linear map of the global token and the means of four horizontal strips.
+
+    What is worn above and below stays apart from the start.
+
+    Source: the strips of PCB (Sun et al., 2018). Differs: four, joined by one map, and the global token.
+    """
+
+    shares: Tensor
+
+    def __init__(self, config: HeadConfig, place: Place) -> None:
+        super().__init__()
+        rows, columns = place.grid
+        edges = torch.linspace(0, rows, _STRIPS + 1)[:, None]
+        row = torch.arange(rows)
+        overlap = (torch.minimum(edges[1:], row + 1) - torch.maximum(edges[:-1], row)).clamp(min=0)  # (strips, rows)
+        shares = (overlap / overlap.sum(1, keepdim=True) / columns).repeat_interleave(columns, dim=1)
+        self.register_buffer("shares", shares, persistent=False)  # (strips, N): of each patch in the mean of a strip
+        self.project = nn.Linear((1 + _STRIPS) * place.width, config.channels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens to embeddings."""
+        strips = self.shares.to(tokens.dtype) @ tokens[:, 1:]  # (B, strips, D)
+        embedding: Tensor = self.project(torch.cat([tokens[:, :1], strips], dim=1).flatten(1))
+        return embedding
+
+
 class LinearAttributeHead(nn.Module):
     """Logits (B, A) of attributes: batch norm and a linear map on the mean patch token."""
 
@@ -228,6 +256,6 @@ KINDS: dict[str, dict[str, Callable[[HeadConfig, Place], nn.Module]]] = {
     "pose": {"simcc": SimCCHead, "heatmap": HeatmapHead},
     "parsing": {"upsample": UpsampleParsingHead, "linear": LinearParsingHead},
     "attributes": {"query": QueryAttributeHead, "linear": LinearAttributeHead},
-    "reid": {"bnneck": BNNeckHead, "linear": LinearEmbeddingHead},
+    "reid": {"bnneck": BNNeckHead, "linear": LinearEmbeddingHead, "strips": StripsEmbeddingHead},
     "detection": {"pyramid": PyramidHead},
 }

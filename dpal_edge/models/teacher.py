@@ -107,7 +107,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return float32 tokens (B, 1 + N, width)."""
-        seen = self._prepare(images)
+        seen = self.prepare(images)
         with self._precision(images):
             tokens = self.encoder(seen)
         return self._place(tokens.float(), seen, images)
@@ -121,7 +121,7 @@ class Teacher(nn.Module):
         Raises:
             ConfigError: no plain attention there, or its tokens do not fall on the student's grid.
         """
-        seen = self._prepare(images)
+        seen = self.prepare(images)
         if (own := self._own_grid(seen)) != (grid := self._student_grid(images)):
             raise ConfigError(
                 f"teacher {self.passport.spec!r}: its attention is on {own[0]}x{own[1]} patches, the student's on "
@@ -135,8 +135,8 @@ class Teacher(nn.Module):
         low = self._dtype != torch.float32
         return torch.autocast(images.device.type, dtype=self._dtype if low else None, enabled=low)
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        """Normalise and resize images for the network."""
+    def prepare(self, images: Tensor) -> Tensor:
+        """Normalise and resize images (B, 3, H, W) of the student's for the network."""
         images = images.float()
         if self._renormalise:
             images = images * self.scale + self.shift

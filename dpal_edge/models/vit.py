@@ -195,7 +195,7 @@ class Block(nn.Module):
         if not (self.training and self.drop_path):
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * kept.to(branch.dtype) / (1 - self.drop_path)
+        return branch * (kept.to(branch.dtype) / (1 - self.drop_path))
 
 
 @dataclass(frozen=True)

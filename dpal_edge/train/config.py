@@ -42,6 +42,7 @@ class TrainConfig:
     data: tuple[str, ...] = ()  # folders of person crops, searched recursively, or .tar shards; paths or fsspec URLs
     student: str = "vit_tiny"
     heads: str = "6+12"  # of a ViT: 6 in all blocks but 12 in the last (published); "3" is timm's 3 everywhere
+    start: Literal["random", "sliced"] = "random"  # sliced: a ViT begins as the principal part of its teacher
     pos_init: Literal["trunc_normal", "uniform"] = "trunc_normal"
     pos_interp: Literal["2d", "2d-dino", "1d"] = "2d"
 

@@ -179,6 +179,8 @@ def opening(facts: dict[str, Any]) -> list[str]:
         f"student   {facts['student']}, {counts['backbone'] / 1e6:.2f} M parameters, "
         f"and {counts['train_only'] / 1e6:.2f} M that only training needs (method {facts['method']})"
     ]
+    if facts["explained"] is not None:
+        lines.append(f"          sliced from the teacher: explains {100 * facts['explained']:.1f} % of its variance")
     for teacher in facts["teachers"]:
         roles = f" for {', '.join(teacher['roles'])}" if len(facts["teachers"]) > 1 else ""
         lines.append(

@@ -11,7 +11,11 @@ import torch
 
 from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.models.checkpoint import Checkpoint, list_checkpoints, read_newest
-from dpal_edge.models.teacher import Teachers, check_features, load_teachers, passport_fields
+from dpal_edge.models.encoders import VitEncoder
+from dpal_edge.models.slicing import explained, slice_vit
+from dpal_edge.models.students import Student
+from dpal_edge.models.teacher import Teacher, Teachers, check_features, load_teachers, passport_fields
+from dpal_edge.models.vit import VisionTransformer
 from dpal_edge.probe.command import read_splits
 from dpal_edge.probe.probes import PROBES
 from dpal_edge.tasks.table import parse_tasks
@@ -28,6 +32,10 @@ MAY_CHANGE = frozenset(
     {"steps", "accumulate", "base_lr", "clip", "precision", "device", "compile", "workers", "augment", "teacher_cache"}
     | {"log_every", "save_every", "keep", "probe", "probe_every", "probe_images", "trackers"}
 )  # between start and resume; every change is recorded by name
+
+
+_SLICED_TOKENS = 65536  # patches that a student is fitted to when it is sliced from its teacher
+_SLICED_BATCH = 32  # images decoded at a time for that
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Setup:
     passports: list[dict[str, Any]]
     changes: list[dict[str, Any]]  # settings that a resume changed: step, name, before, after
     losses: dict[str, float]  # of the restored weights on held-out images; empty at the start
+    explained: float | None = None  # share of the teacher's variance that a student just sliced from it explains
 
     def batches(self, processes: int | None = None) -> PersonBatches:
         """Return this process's part of the batches to train on, among ``processes`` or those there are."""
@@ -76,6 +85,7 @@ class Setup:
         teachers = sum(passport["parameters"] for passport in self.passports)
         return {
             "student": config.student,
+            "explained": self.explained,
             "method": config.method,
             "parameters": {"backbone": backbone, "train_only": trainable - in_backbone, "teachers": teachers},
             "teachers": self.passports,
@@ -110,7 +120,9 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
     data = data or _open_data(config)
     device, precision = choose_device(config, world, earlier=saved.metadata["written"]["precision"] if saved else None)
     teachers = load_teachers(config.teacher, layer=config.teacher_layer, size=config.size)
-    state = build_state(config, teachers.to(device), device, precision, world)
+    slicing = _Slicing(teachers.teacher("local"), config, data.train) if config.start == "sliced" else None
+    begin = slicing if saved is None else None
+    state = build_state(config, teachers.to(device), device, precision, world, begin)
     passports = _checked_passports(teachers, data.train, config, device)
     changes = _restore(state, saved, config, passports, data) if saved is not None else []
     if len(set(world.gather((state.step, data.digest, *(passport["sha256"] for passport in passports))))) > 1:
@@ -120,7 +132,7 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
         )
     state.cache = _open_cache(config, state, passports, data)
     losses = saved.metadata["validation"] if saved else {}
-    return Setup(config, state, data, passports, changes, losses)
+    return Setup(config, state, data, passports, changes, losses, slicing.explained if slicing else None)
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:
@@ -218,6 +230,39 @@ def _open_data(config: TrainConfig) -> Data:
     others = [open_source(specs).digest for specs in (config.backgrounds, config.crowd_data) if specs]
     digest = hashlib.sha256(" ".join([source.digest, *others]).encode()).hexdigest()
     return Data(train, validation, digest, len(source.names))
+
+
+class _Slicing:
+    """Slices a student out of a teacher before its first update."""
+
+    def __init__(self, teacher: Teacher, config: TrainConfig, source: ImageSource) -> None:
+        self._teacher, self._config, self._source = teacher, config, source
+        self.explained: float | None = None
+
+    def __call__(self, student: Student) -> None:
+        """Replace the student's weights.
+
+        Raises:
+            ConfigError: student and teacher are no ViTs that fit each other.
+        """
+        encoder = self._teacher.encoder
+        if not (isinstance(encoder, VitEncoder) and isinstance(student, VisionTransformer)):
+            raise ConfigError("start=sliced needs a ViT as student and one of this project's ViTs as teacher")
+        rows, columns = student.config.grid
+        if (own := self._teacher.passport.grid) != (rows, columns):
+            raise ConfigError(
+                f"start=sliced: the teacher sees {own[0]}x{own[1]} patches, the student {rows}x{columns}; give a size "
+                f"that makes them the same"
+            )
+        count = min(_SLICED_TOKENS // (rows * columns), len(self._source.names)) // _SLICED_BATCH
+        crops = PersonBatches(self._source, self._config, ("base",), batch=_SLICED_BATCH)
+        device = student.pos_embed.device
+        images = torch.cat([to_views(crops[i], device).base for i in range(max(count, 2))])
+        with torch.no_grad():
+            seen = self._teacher.prepare(images)
+        held = max(len(images) // 16, 1)
+        basis = slice_vit(student, encoder.vit, images[held:], seen[held:], layer=encoder.layer)
+        self.explained = explained(student, encoder.vit, images[:held], seen[:held], basis, layer=encoder.layer)
 
 
 def _checked_passports(

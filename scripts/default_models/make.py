@@ -2,7 +2,7 @@
 
     python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
 
-Steps: footage, teacher, distil, student, detector, pack, score; all by default. Each continues where it was
+Steps: footage, teacher, distil, student, detector, pack, compare, score; all by default. Each continues where it was
 interrupted, and what is finished is not done again. Settings lie beside this file; hours on two CPU cores.
 """
 
@@ -27,12 +27,15 @@ from dpal_edge.models.human import load_human
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "dpal_edge" / "assets"
 RESULTS = HERE.parents[1] / "bench" / "results" / "default_models.json"
-STEPS = ("footage", "teacher", "distil", "student", "detector", "pack", "score")
+STEPS = ("footage", "teacher", "distil", "student", "detector", "pack", "compare", "score")
+SEEDS = (0, 1, 2)  # of the comparison of starts
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
 RUNS = ("teacher", "distil", "student-small", "student", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
-COCO_REPEATS = 8  # its 61 frames vary more than the hundreds of the clips
+SINGLES_EVERY = 5  # of the photographs with joints, the part whose people become boxes
+SINGLES_MARGIN = 0.12  # of the larger side: a body is thicker than its joints
+COCO_REPEATS = 16  # its 61 frames vary more than the hundreds of the clips
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
     "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
@@ -61,7 +64,7 @@ class Maker:
         base = self.work / "vit_small.safetensors"
         if not base.exists():
             write_teacher(base)
-        self._finetune("teacher", base)
+        self._finetune("teacher", base, "teacher.yaml")
 
     def distil(self) -> None:
         """Distil the student from the teacher, with DPAL."""
@@ -72,17 +75,12 @@ class Maker:
 
     def student(self) -> None:
         """Put the heads on the student: at a quarter of the pixels first."""
-        self._finetune("student-small", self.work / "distil")
-        self._finetune("student", self.work / "student-small")
+        self._finetune("student-small", self.work / "distil", "student-small.yaml")
+        self._finetune("student", self.work / "student-small", "student.yaml")
 
     def detector(self) -> None:
         """Train the detector on the student's backbone."""
-        parts = {self.data / "coco_person": ("train2017", COCO_REPEATS), self.work / "footage": ("train", 1)}
-        frames = join_frames(parts, self.work / "frames")
-        paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
-        run = self.work / "detector"
-        _command("finetune", "--init", self.work / "student-small", "--task", f"detection={frames}", "--out", run,
-                 "--config", HERE / "detector.yaml", *paste, *_resume(run))  # fmt: skip
+        self._detect("detector", self.work / "student-small")
 
     def pack(self) -> None:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
@@ -96,33 +94,67 @@ class Maker:
                 if run in images:
                     link(path, ExportSettings(calibration=(str(images[run]),)))
 
+    def compare(self) -> None:
+        """Fine-tune the distilled student and a random one alike, several times, and score what comes of each."""
+        results = []
+        for start, init in {"distilled": self.work / "distil", "random": "random:vit_tiny"}.items():
+            for seed in SEEDS:
+                path = self.work / "compare" / f"{start}-{seed}"
+                people, crowds = f"compare/{path.name}", f"compare/{path.name}-detector"
+                self._finetune(people, init, "compare.yaml", "--set", f"seed={seed}")
+                self._detect(crowds, init, "--steps", "150", "--set", f"seed={seed}", "--set", "save_every=150")
+                scores = [self._evaluate(self.work / people, self._people())]
+                scores += [self._evaluate(self.work / crowds, part) for part in self._crowds()]
+                results.append({"start": start, "seed": seed, "scores": scores})
+        write_text(self.work / "compare.json", json.dumps(results))
+
     def score(self) -> None:
         """Score the packed models on the validation parts; write bench/results/default_models.json."""
-        frames = write_labelled_frames(self.data / "videos", self.work / "vtest")
-        people = {"pose": self.data / "lspet", "parsing": self.data / "ccp", "attributes": self.data / "ccp",
-                  "reid": self.data / "cuhk01"}  # fmt: skip
-        detection = ({"detection": self.data / "coco_person"}, {"detection": frames})
         results = []
-        for name, sets in ((PACKED["teacher"], (people,)), (PACKED["student"], (people,)),
-                           (PACKED["detector"], detection)):  # fmt: skip
-            for tasks in sets:
-                options = [part for task, folder in tasks.items() for part in ("--task", f"{task}={folder}")]
-                command = [sys.executable, "-m", "dpal_edge", "evaluate", str(ASSETS / f"{name}.safetensors"), *options]
-                done = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True)
-                results.append({"name": name, **_without_folders(json.loads(done.stdout))})
+        for run, sets in (("teacher", (self._people(),)), ("student", (self._people(),)),
+                          ("detector", self._crowds())):  # fmt: skip
+            name = PACKED[run]
+            results += [{"name": name, **self._evaluate(ASSETS / f"{name}.safetensors", tasks)} for tasks in sets]
         training = {run: curve(self.work / run) for run in RUNS if (self.work / run).exists()}
-        write_text(RESULTS, json.dumps({"scores": results, "training": training}, indent=2) + "\n")
+        compared = self.work / "compare.json"
+        starts = json.loads(compared.read_text(encoding="utf-8")) if compared.exists() else []
+        document = {"scores": results, "starts": starts, "training": training}
+        write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
 
-    def _finetune(self, name: str, init: Path) -> None:
+    def _people(self) -> dict[str, Path]:
+        """Return the folder of each task on person crops that is scored."""
+        return {"pose": self.data / "lspet", "parsing": self.data / "ccp", "attributes": self.data / "ccp",
+                "reid": self.data / "cuhk01"}  # fmt: skip
+
+    def _crowds(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Return the folders that detectors are scored on."""
+        frames = write_labelled_frames(self.data / "videos", self.work / "vtest")
+        return {"detection": self.data / "coco_person"}, {"detection": frames}
+
+    def _evaluate(self, model: Path, tasks: dict[str, Path]) -> dict[str, Any]:
+        options = [part for task, folder in tasks.items() for part in ("--task", f"{task}={folder}")]
+        command = [sys.executable, "-m", "dpal_edge", "evaluate", str(model), *options, "--json"]
+        return _without_folders(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+
+    def _finetune(self, name: str, init: object, config: str, *settings: str) -> None:
         embedder = "person-reidentification-retail-0277"
         teacher = self.omz / embedder / "FP16" / f"{embedder}.xml"
-        data = {"pose": self.data / "lspet", "parsing": self.data / "ccp", "attributes": self.data / "ccp",
-                "reid": self.work / "unlabelled"}  # fmt: skip
-        tasks = [part for task, folder in data.items() for part in ("--task", f"{task}={folder}")]
+        tasks = [part for task, folder in {**self._people(), "reid": self.work / "unlabelled"}.items()
+                 for part in ("--task", f"{task}={folder}")]  # fmt: skip
         run = self.work / name
-        _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / f"{name}.yaml",
-                 "--set", f"reid_teacher={teacher}?color=bgr", *_resume(run))  # fmt: skip
+        _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / config,
+                 "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
+
+    def _detect(self, name: str, init: object, *settings: str) -> None:
+        singles = write_singles(self.data / "lspet", self.work / "singles")
+        parts = {self.data / "coco_person": ("train2017", COCO_REPEATS), self.work / "footage": ("train", 1),
+                 singles: ("train", 1)}  # fmt: skip
+        frames = join_frames(parts, self.work / "frames")
+        paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
+        run = self.work / name
+        _command("finetune", "--init", init, "--task", f"detection={frames}", "--out", run,
+                 "--config", HERE / "detector.yaml", *paste, *settings, *_resume(run))  # fmt: skip
 
 
 def link_images(folder: Path, prefixes: tuple[str, ...], out: Path) -> Path:
@@ -152,6 +184,33 @@ def join_frames(sources: dict[Path, tuple[str, int]], out: Path) -> Path:
             for annotation in data["annotations"]:
                 image_id = number[annotation["image_id"]]
                 annotations.append({**annotation, "id": len(annotations), "image_id": image_id})
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
+    write_text(out / "annotations" / "instances_train.json", json.dumps(document))
+    return out
+
+
+def write_singles(poses: Path, out: Path) -> Path:
+    """Write photographs with joints as frames in COCO's layout: the box of a person is that of the joints, widened."""
+    data = json.loads((poses / "annotations" / "person_keypoints_train.json").read_text(encoding="utf-8"))
+    by_image = {image["id"]: image for image in data["images"]}
+    images, annotations = [], []
+    for annotation in data["annotations"][::SINGLES_EVERY]:
+        image = by_image[annotation["image_id"]]
+        joints = [annotation["keypoints"][i : i + 2] for i in range(0, len(annotation["keypoints"]), 3)
+                  if annotation["keypoints"][i + 2] > 0]  # fmt: skip
+        if len(joints) < len(annotation["keypoints"]) // 3 - 2:
+            continue  # the box would miss a limb
+        columns, rows = zip(*joints, strict=True)
+        margin = SINGLES_MARGIN * max(max(columns) - min(columns), max(rows) - min(rows))
+        left, top = max(min(columns) - margin, 0), max(min(rows) - margin, 0)
+        right, bottom = min(max(columns) + margin, image["width"]), min(max(rows) + margin, image["height"])
+        images.append(image)
+        annotations.append({"id": len(annotations), "image_id": image["id"], "category_id": 1, "iscrowd": 0,
+                            "bbox": [left, top, right - left, bottom - top],
+                            "area": (right - left) * (bottom - top)})  # fmt: skip
+    (out / "train").unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train").symlink_to((poses / "train").resolve())
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
     write_text(out / "annotations" / "instances_train.json", json.dumps(document))
     return out

@@ -207,6 +207,34 @@ def test_share_of_crowds(cutouts, objective):
     assert all((never.example(i % 3, np.random.default_rng(i))["kind"] != 0).sum() <= 4 for i in range(30))
 
 
+def test_mosaic_joins_four_frames_with_their_boxes(tmp_path):
+    """Each frame is a square of its own colour, whose box is known: all boxes of the mosaic hold one colour alone."""
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
+    samples = []
+    for i, colour in enumerate(colours):
+        pixels = np.full((60, 60, 3), 128, np.uint8)
+        pixels[10:50, 10:50] = colour
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        samples.append(sample(tmp_path / f"{i}.png", [10, 10, 50, 50]))
+    objective = DetectionObjective(Split(tuple(samples)), (128, 160), paste=None, backgrounds=None, mosaic=1.0)
+    counts = []
+    for seed in range(20):
+        example = objective.example(0, np.random.default_rng(seed))
+        boxes = example["boxes"][example["kind"] == 1]
+        counts.append(len(boxes))
+        saturated = np.ptp(example["image"].astype(int), axis=2) > 80
+        inside = np.zeros_like(saturated)
+        for left, top, right, bottom in np.rint(boxes).astype(int):
+            assert saturated[top + 1 : bottom - 1, left + 1 : right - 1].mean() > 0.95
+            inside[max(top - 2, 0) : bottom + 2, max(left - 2, 0) : right + 2] = True
+        ignored = np.rint(example["boxes"][example["kind"] == 2]).astype(int)
+        for left, top, right, bottom in ignored:
+            inside[max(top - 2, 0) : bottom + 2, max(left - 2, 0) : right + 2] = True
+        assert (saturated & ~inside).mean() < 0.005  # nobody is without a box
+    assert max(counts) == 4
+    assert np.mean(counts) > 3
+
+
 def test_unreadable_image(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     objective = DetectionObjective(Split((sample(tmp_path / "bad.jpg", []),)), SIZE, paste=None, backgrounds=None)

@@ -67,7 +67,7 @@ def test_a_student_that_agrees_has_no_loss(tmp_path):
             return torch.from_numpy(7 * crops().mean((1, 2)) @ WEIGHT).float()
 
     teacher = EmbeddingTeacher.open(str(write_teacher(tmp_path / "t.onnx")))
-    objective = EmbeddingObjective([tmp_path / "x.png"], SIZE, Augmentation(), teacher, 0.0)
+    objective = EmbeddingObjective([tmp_path / "x.png"], SIZE, Augmentation(), teacher, kind="strips", mix=0.0)
     loss = objective(Knows(), torch.empty(5, 3, 8), {"image": torch.from_numpy(crops())})
     assert loss["loss"].item() == pytest.approx(0, abs=1e-6)
 

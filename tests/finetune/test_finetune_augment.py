@@ -111,6 +111,17 @@ def test_a_view_is_a_function_of_its_generator():
     np.testing.assert_array_equal(one, two)
 
 
+def test_a_turn_of_hue_keeps_grey_and_moves_colours():
+    settings = Augmentation(**{**vars(NOTHING), "hue": 1.0})
+    grey = np.full((8, 4, 3), 100, np.uint8)
+    assert np.abs(change_colours(grey, settings, np.random.default_rng(0)).astype(int) - 100).max() <= 1
+    red = np.zeros((8, 4, 3), np.uint8)
+    red[..., 0] = 90
+    seen = np.stack([change_colours(red, settings, np.random.default_rng(i))[0, 0] for i in range(40)])
+    assert set(seen.argmax(1)) == {0, 1, 2}  # red, green and blue all come up
+    assert np.abs(seen.astype(int).sum(1) - 90).max() <= 70  # a turn keeps the sum, but for what is clipped below 0
+
+
 def test_values_out_of_range():
     with pytest.raises(ConfigError, match=r"augmentation scale is 1\.2, expected 0 to 0\.9"):
         Augmentation(scale=1.2)

@@ -132,11 +132,25 @@ def test_lovasz_of_hard_predictions_is_one_less_jaccard():
 
 def test_attribute_loss_by_hand(folders):
     """Red and bright have ratio 1/2, so weight exp(1/2) either way; nobody has the last: exp(0) where it is absent."""
-    objective = AttributeObjective(read(folders, "attributes"), SIZE, FLIPPED, "linear")
+    objective = AttributeObjective(read(folders, "attributes"), SIZE, FLIPPED, "linear", "weighted")
     assert objective.ratio.tolist() == [0.5, 0.5, 0.0]
     flags = torch.tensor([[True, False, False]])
     loss = objective(Says(torch.zeros(1, 3)), torch.empty(1, 3, 8), {"flags": flags})["loss"]
     assert loss.item() == pytest.approx(math.log(2) * (2 * math.exp(0.5) + 1), rel=1e-6)
+
+
+def test_adjusted_attribute_loss_is_least_where_a_score_says_nothing_of_rarity(folders):
+    """Whoever sees nothing of the images does best to say 0, however rare an attribute is, so 0.5 balances recalls."""
+    objective = AttributeObjective(read(folders, "attributes"), SIZE, FLIPPED, "linear", "adjusted")
+    objective.ratio = torch.tensor([0.25, 0.75, 0.0])
+    flags = torch.tensor([[True, True, False], [False, True, False], [False, True, False], [False, False, False]])
+    head = Says(torch.zeros(4, 3))
+    loss = objective(head, torch.empty(4, 3, 8), {"flags": flags})["loss"]
+    loss.backward()
+    assert head.output.grad.sum(0)[:2].abs().max() < 1e-6
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    nobody = 0.5 / len(objective)  # as if half a person had what nobody has
+    assert loss.item() == pytest.approx(2 * entropy - math.log(1 - nobody), rel=1e-5)
 
 
 def test_triplet_by_hand():

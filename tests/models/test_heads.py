@@ -23,6 +23,7 @@ SHAPES = {
     ("attributes", "linear"): (3,),
     ("reid", "bnneck"): (10,),
     ("reid", "linear"): (10,),
+    ("reid", "strips"): (10,),
 }
 
 
@@ -53,6 +54,14 @@ def test_every_weight_gets_a_gradient(task, kind):
 def test_the_patch_map_is_in_row_order():
     tokens = torch.arange(33.0).view(1, 33, 1)
     assert torch.equal(patch_map(tokens, (8, 4))[0, 0], torch.arange(1, 33.0).view(8, 4))
+
+
+@pytest.mark.parametrize(("rows", "of_third"), [(8, [0, 1 / 2, 0, 0]), (6, [0, 2 / 3, 0, 0]), (3, [0, 0, 1 / 3, 1])])
+def test_strips_are_quarters_of_the_height(rows, of_third):
+    """The third row of patches lies in the second of four strips, or where the rows are few in parts of two."""
+    module = build_head(HeadConfig(task="reid", kind="strips", channels=10), Place(24, (rows, 4), (16 * rows, 64)))
+    assert torch.allclose(module.shares.sum(1), torch.ones(4))
+    torch.testing.assert_close(module.shares.view(4, rows, 4)[:, 2].sum(-1), torch.tensor(of_third, dtype=torch.float))
 
 
 def test_simcc_begins_by_saying_where_its_map_is_high():

@@ -15,19 +15,26 @@ from dpal_edge.tasks.sample import Split
 
 
 class AttributeObjective(CropObjective[Flags]):
-    """Binary cross-entropy weighted by rarity: exp(1 - r) where an attribute is there, exp(r) where it is not.
+    """Binary cross-entropy that allows for rarity, summed over attributes, averaged over people.
 
-    r is the share of the training people who have it. Summed over attributes, averaged over people.
+    r is the share of the training people who have an attribute. ``weighted``: an error counts exp(1 - r) where the
+    attribute is there, exp(r) where it is not. ``adjusted``: log(r / (1 - r)) is added to the logit in training only,
+    so that without it a score of 0.5 stands where having and lacking are equally well told, which is what mA counts;
+    the scores are then no frequencies.
 
-    Source: Li et al., 2015 (DeepMAR), in the form of Tan et al., 2020 (JLAC).
+    Source: weighted, Li et al., 2015 (DeepMAR), in the form of Tan et al., 2020 (JLAC); adjusted, Menon et al., 2021
+    (logit adjustment). Differs: its two-class form, for each attribute.
     """
 
     task = "attributes"
     ratio: Tensor
 
-    def __init__(self, split: Split[Flags], size: tuple[int, int], augmentation: Augmentation, kind: str) -> None:
+    def __init__(
+        self, split: Split[Flags], size: tuple[int, int], augmentation: Augmentation, kind: str, loss: str
+    ) -> None:
         super().__init__(split, size, augmentation)
         self.head = HeadConfig(task=self.task, kind=kind, labels=split.labels)
+        self._loss = loss
         flags = np.stack([sample.target for sample in split.samples])
         self.register_buffer("ratio", torch.from_numpy(flags.mean(0)).float())
         self._swapped = np.arange(len(split.labels))
@@ -43,5 +50,12 @@ class AttributeObjective(CropObjective[Flags]):
     def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
         """Return "loss"."""
         logits, flags = head(tokens).float(), batch["flags"].float()
+        if self._loss == "adjusted":
+            least = 0.5 / len(self)  # of nobody's attribute the prior would be infinite
+            return {"loss": _entropy(logits + torch.logit(self.ratio, eps=least), flags).sum(1).mean()}
         weight = torch.exp(torch.where(flags > 0, 1 - self.ratio, self.ratio))
-        return {"loss": (F.binary_cross_entropy_with_logits(logits, flags, reduction="none") * weight).sum(1).mean()}
+        return {"loss": (_entropy(logits, flags) * weight).sum(1).mean()}
+
+
+def _entropy(logits: Tensor, flags: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, flags, reduction="none")

@@ -14,7 +14,7 @@ from torchvision.ops import generalized_box_iou_loss
 from dpal_edge.errors import ConfigError
 from dpal_edge.finetune.augment import Augmentation, change_colours
 from dpal_edge.finetune.crowds import Crowds
-from dpal_edge.finetune.frames import IGNORED, PERSON, Frame, draw_view
+from dpal_edge.finetune.frames import IGNORED, PERSON, SCALES, Frame, draw_view
 from dpal_edge.finetune.objective import Example, Values, epoch_order
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.tasks.detection import People
@@ -25,6 +25,8 @@ from dpal_edge.tasks.sample import Sample, Split
 _CHANNELS = 128  # of the head
 _MOST = 256  # boxes of an example, the largest; more are not in any view of the data sets known here
 _ON_BACKGROUND = 0.7  # share of crowds that stand on a background rather than among the people of a frame
+_MEETING = (0.3, 0.7)  # of each side: where the parts of a mosaic meet
+_JOINED_SCALES = (0.7, 2.0)  # of a part of a mosaic, as draw_view has them: little of it stays empty
 _TOP = 13  # locations that may answer for one person
 _SCORE_POWER, _OVERLAP_POWER = 0.5, 6.0  # of the alignment of a location with a person
 _EASY = 0.75  # weight of an empty location, times its squared score
@@ -53,6 +55,7 @@ class DetectionObjective(nn.Module):
         paste: Path | None,
         backgrounds: Path | None,
         paste_share: float = 0.5,
+        mosaic: float = 0.0,
     ) -> None:
         """Look the data up.
 
@@ -62,6 +65,7 @@ class DetectionObjective(nn.Module):
             paste: masked people that become crowds, as ``Crowds`` reads them; None makes no crowds.
             backgrounds: images without people, for those crowds; without, they join the people of the frames.
             paste_share: share of the examples that are crowds.
+            mosaic: share of the others that join views of four frames.
 
         Raises:
             DataError: a folder is missing or empty, or too many of the masked people cannot be used.
@@ -76,7 +80,7 @@ class DetectionObjective(nn.Module):
         self.head = HeadConfig(task=self.task, kind="pyramid", labels=("person",), channels=_CHANNELS)
         self._crowds = Crowds(paste, backgrounds) if paste else None
         self.problems = split.problems + (self._crowds.problems if self._crowds else ())
-        self._paste_share = paste_share
+        self._paste_share, self._mosaic = paste_share, mosaic
 
     def __len__(self) -> int:
         """Return the number of frames."""
@@ -110,13 +114,30 @@ class DetectionObjective(nn.Module):
         crowded = self._crowds is not None and rng.random() < self._paste_share
         if self._crowds and crowded and self._crowds.backgrounds and rng.random() < _ON_BACKGROUND:
             frame = self._crowds.background(self.size, rng)
+        elif rng.random() < self._mosaic:
+            frame = self._join(sample, rng)
         else:
-            image: Image.Image = open_image(sample.image, "RGB")
-            view = draw_view((image.height, image.width), self.size, rng)
-            frame = Frame(view.image(image), *view.people(*_within(sample.target, (image.height, image.width))))
+            frame = _view(sample, self.size, rng)
         if self._crowds and crowded:
             frame = self._crowds.paste(frame, rng)
         return Frame(change_colours(frame.pixels, _COLOURS, rng), frame.boxes, frame.kinds)
+
+    def _join(self, sample: Sample[People], rng: np.random.Generator) -> Frame:
+        """Join views of a frame and of three others, which meet somewhere near the middle.
+
+        Source: mosaic of YOLOv4 (Bochkovskiy et al., 2020).
+        """
+        height, width = self.size
+        row, column = (round(side * rng.uniform(*_MEETING)) for side in self.size)
+        samples = [sample, *(self.split.samples[rng.integers(len(self))] for _ in range(3))]
+        corners = [(0, 0, row, column), (0, column, row, width), (row, 0, height, column), (row, column, height, width)]
+        joined, boxes, kinds = np.empty((height, width, 3), np.uint8), [], []
+        for one, (top, left, bottom, right) in zip(samples, corners, strict=True):
+            part = _view(one, (bottom - top, right - left), rng, _JOINED_SCALES)
+            joined[top:bottom, left:right] = part.pixels
+            boxes.append(part.boxes + np.array([left, top, left, top], np.float32))
+            kinds.append(part.kinds)
+        return Frame(joined, np.concatenate(boxes), np.concatenate(kinds))
 
     def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
         """Return "loss" and its parts "quality" and "box", per answering location, weighted by how well it fits."""
@@ -184,6 +205,14 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     shared = (high - low).clamp(min=0).prod(-1)
     areas = [(boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1) for boxes in (a, b)]
     return shared / (areas[0][:, :, None] + areas[1][:, None] - shared).clamp(min=1e-9)
+
+
+def _view(
+    sample: Sample[People], size: tuple[int, int], rng: np.random.Generator, scales: tuple[float, float] = SCALES
+) -> Frame:
+    image: Image.Image = open_image(sample.image, "RGB")
+    view = draw_view((image.height, image.width), size, rng, scales)
+    return Frame(view.image(image), *view.people(*_within(sample.target, (image.height, image.width))))
 
 
 def _plain(sample: Sample[People], size: tuple[int, int]) -> Frame:

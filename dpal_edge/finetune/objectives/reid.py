@@ -90,11 +90,13 @@ class EmbeddingObjective(CropObjective[None]):
         size: tuple[int, int],
         augmentation: Augmentation,
         teacher: EmbeddingTeacher,
+        *,
+        kind: str,
         mix: float,
     ) -> None:
         split: Split[None] = Split(tuple(Sample(path, None) for path in images))
         super().__init__(split, size, augmentation)
-        self.head = HeadConfig(task=self.task, kind="linear", channels=teacher.channels)
+        self.head = HeadConfig(task=self.task, kind=kind, channels=teacher.channels)
         self._teacher, self._mix = teacher, mix
 
     def example(self, index: int, rng: np.random.Generator | None) -> Example:

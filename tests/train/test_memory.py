@@ -1,0 +1,33 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import ctypes, sys
+from dpal_edge.train.memory import keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+kept = sys.argv[1] == "keep" and keep_freed_memory()
+before = resident()
+blocks = [bytearray(64_000_000) for _ in range(3)]
+for block in blocks:
+    block[:] = b"x" * len(block)
+full = resident() - before
+blocks = block = None
+print(int(kept), full, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have their own ways")
+@pytest.mark.parametrize("choice", ["keep", "give back"])
+def test_freed_memory_stays_only_where_it_is_kept(choice):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, choice], check=True, capture_output=True, text=True)
+    kept, full, after = map(int, done.stdout.split())
+    assert kept == (choice == "keep")
+    assert full > 180e6
+    assert (after > 180e6) == (choice == "keep")
