@@ -86,8 +86,8 @@ def explained(
 def principal_basis(large: VisionTransformer, seen: Tensor, width: int, layer: int | None = None) -> Tensor:
     """Return the matrix (D, width) that takes tokens of ``large`` to their principal part.
 
-    It looks at the tokens as the norms leave them, those of all blocks up to ``layer`` alike. Its columns add up to
-    nothing, so the part that it keeps has zero mean, and a LayerNorm of ``width`` scales it as one of D would, but for
+    It looks at the tokens as the norms leave them, those of all blocks up to ``layer`` alike. Each of its rows adds
+    up to nothing, so the part that it keeps has zero mean, and a LayerNorm of ``width`` scales it as one of D would, but for
     what was lost.
     """
     moment = torch.zeros(large.config.width, large.config.width, dtype=torch.float64, device=seen.device)
@@ -96,7 +96,8 @@ def principal_basis(large: VisionTransformer, seen: Tensor, width: int, layer: i
         flat = F.layer_norm(inputs[0], inputs[0].shape[-1:]).flatten(0, -2)
         moment.add_((flat.mT @ flat).double() / len(flat))
 
-    norms = [norm for block in large.blocks[:layer] for norm in (block.norm1, block.norm2)] + [large.norm]
+    blocks = cast(list[Block], list(large.blocks[:layer]))
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)] + [large.norm]
     handles = [norm.register_forward_pre_hook(add) for norm in norms]
     try:
         large(seen, layer)
@@ -107,19 +108,20 @@ def principal_basis(large: VisionTransformer, seen: Tensor, width: int, layer: i
     centred = torch.linalg.qr(
         torch.cat([torch.ones(width, 1), torch.eye(width, width - 1)], dim=1).double().to(seen.device)
     ).Q[:, 1:]
-    return (principal @ centred.mT).to(seen.dtype)
+    basis: Tensor = (principal @ centred.mT).to(seen.dtype)
+    return basis
 
 
 def _fit_embedding(
     student: VisionTransformer, large: VisionTransformer, images: Tensor, seen: Tensor, basis: Tensor
 ) -> None:
     """Fit the patch kernel; take over the class token and the positions."""
-    kernel, patch = student.patch_embed["proj"], student.config.patch_size
+    kernel, patch = cast(nn.Conv2d, student.patch_embed["proj"]), student.config.patch_size
     patches = F.unfold(images, patch, stride=patch).mT.flatten(0, 1)  # (B * N, 3 * patch * patch)
     wanted = large.patch_embed["proj"](seen).flatten(2).mT.flatten(0, 1) @ basis
     weight, bias = _least_squares(patches, wanted)
     kernel.weight.copy_(weight.view_as(kernel.weight))
-    kernel.bias.copy_(bias)
+    cast(Tensor, kernel.bias).copy_(bias)
     cast(Tensor, student.cls_token).copy_(cast(Tensor, large.cls_token) @ basis)
     config = large.config
     student.pos_embed.copy_(resize_positions(large.pos_embed, config.grid, student.config.grid, "2d") @ basis)
@@ -136,7 +138,8 @@ def _fit_block(block: Block, large: Block, tokens: Tensor, truth: Tensor, basis:
     _assign(block.attn.proj, *_least_squares(mixed, truth @ basis - tokens))
     tokens = tokens + block.attn.proj(mixed)
 
-    inputs, (small, wide) = block.norm2(tokens), (block.mlp, large.mlp)
+    inputs = block.norm2(tokens)
+    small, wide = (cast(dict[str, nn.Linear], mlp) for mlp in (block.mlp, large.mlp))
     before = wide["fc1"](large.norm2(truth)).flatten(0, 1)
     hidden = F.gelu(before)
     out = large.ls2(wide["fc2"].weight.mT) @ basis  # (hidden, d): what each neuron adds to the part that is kept
