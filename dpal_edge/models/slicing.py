@@ -87,8 +87,8 @@ def principal_basis(large: VisionTransformer, seen: Tensor, width: int, layer: i
     """Return the matrix (D, width) that takes tokens of ``large`` to their principal part.
 
     It looks at the tokens as the norms leave them, those of all blocks up to ``layer`` alike. Each of its rows adds
-    up to nothing, so the part that it keeps has zero mean, and a LayerNorm of ``width`` scales it as one of D would, but for
-    what was lost.
+    up to nothing, so the part that it keeps has zero mean, and a LayerNorm of ``width`` scales it as one of D would,
+    but for what was lost.
     """
     moment = torch.zeros(large.config.width, large.config.width, dtype=torch.float64, device=seen.device)
 
