@@ -127,7 +127,7 @@ def change_colours(pixels: Pixels, settings: Augmentation, rng: np.random.Genera
     contrast, brightness = rng.uniform(1 - strength, 1 + strength, 2)
     matrix = (saturation * np.eye(3) + (1 - saturation) * _LUMA[:, None]) * gains * contrast * brightness
     if settings.hue:
-        matrix = _turn_about_grey(np.pi * settings.hue * rng.uniform(-1, 1)) @ matrix
+        matrix = turn_about_grey(np.pi * settings.hue * rng.uniform(-1, 1)) @ matrix
     offset = (1 - contrast) * brightness * pixels.mean()
     changed = np.clip(pixels.astype(np.float32) @ matrix.astype(np.float32) + np.float32(offset), 0, 255)
     view: Pixels = changed.astype(np.uint8)
@@ -138,7 +138,7 @@ def change_colours(pixels: Pixels, settings: Augmentation, rng: np.random.Genera
     return view
 
 
-def _turn_about_grey(angle: float) -> NDArray[np.float64]:
+def turn_about_grey(angle: float) -> NDArray[np.float64]:
     """Return the rotation (3, 3) of RGB about the axis of greys: a third of a circle makes red green."""
     axis = np.full(3, 3**-0.5)
     cross = np.cross(np.eye(3), axis)

@@ -56,8 +56,17 @@ class Maker:
         videos = [str(self.data / "videos" / video) for video in VIDEOS]
         detector = self.omz / name / "FP16" / f"{name}.xml"
         _python(HERE / "footage.py", "--detector", detector, "--out", self.work / "footage", *videos)
-        for source in (self.data / "lspet" / "train", self.data / "ccp" / "train_images", self.work / "footage/crops"):
-            link_images(source, ("",), self.work / "unlabelled" / f"{source.parent.name}_{source.name}")
+        people, places = self.data / "ccp", self.data / "backgrounds"
+        _python(
+            HERE / "pedestrians.py", "--people", people, "--backgrounds", places, "--out", self.work / "pedestrians"
+        )
+        photographs, fashion = self.data / "lspet" / "train", self.data / "ccp" / "train_images"
+        for source in (photographs, fashion, self.work / "footage" / "crops"):
+            link_images(source, self.work / "unlabelled" / f"{source.parent.name}_{source.name}")
+        # Who is to be recognised walks upright, so of the athletes every third will do.
+        link_images(photographs, self.work / "embedded" / "lspet_train", every=3)
+        for source in (fashion, self.work / "footage" / "crops", self.work / "pedestrians"):
+            link_images(source, self.work / "embedded" / f"{source.parent.name}_{source.name}")
 
     def teacher(self) -> None:
         """Train the teacher."""
@@ -86,7 +95,9 @@ class Maker:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
         # Goldens travel with the package, and of the people in these data only those of Intel's clips may.
         sources = {"student": self.work / "footage" / "crops", "detector": self.work / "footage" / "train"}
-        images = {run: link_images(folder, PUBLIC, self.work / "public" / run) for run, folder in sources.items()}
+        images = {
+            run: link_images(folder, self.work / "public" / run, prefixes=PUBLIC) for run, folder in sources.items()
+        }
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             if list_checkpoints(self.work / run):
@@ -140,7 +151,7 @@ class Maker:
     def _finetune(self, name: str, init: object, config: str, *settings: str) -> None:
         embedder = "person-reidentification-retail-0277"
         teacher = self.omz / embedder / "FP16" / f"{embedder}.xml"
-        tasks = [part for task, folder in {**self._people(), "reid": self.work / "unlabelled"}.items()
+        tasks = [part for task, folder in {**self._people(), "reid": self.work / "embedded"}.items()
                  for part in ("--task", f"{task}={folder}")]  # fmt: skip
         run = self.work / name
         _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / config,
@@ -157,13 +168,12 @@ class Maker:
                  "--config", HERE / "detector.yaml", *paste, *settings, *_resume(run))  # fmt: skip
 
 
-def link_images(folder: Path, prefixes: tuple[str, ...], out: Path) -> Path:
-    """Link the images of ``folder`` whose names begin so into ``out``, and return it."""
+def link_images(folder: Path, out: Path, *, prefixes: tuple[str, ...] = ("",), every: int = 1) -> Path:
+    """Link every so many of the images of ``folder`` whose names begin so into ``out``, and return it."""
     out.mkdir(parents=True, exist_ok=True)
-    for image in folder.iterdir():
-        if image.name.startswith(prefixes):
-            (out / image.name).unlink(missing_ok=True)
-            (out / image.name).symlink_to(image.resolve())
+    for image in sorted(image for image in folder.iterdir() if image.name.startswith(prefixes))[::every]:
+        (out / image.name).unlink(missing_ok=True)
+        (out / image.name).symlink_to(image.resolve())
     return out
 
 
