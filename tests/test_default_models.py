@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 from safetensors.torch import load_file
@@ -36,6 +37,20 @@ def test_models_open_with_their_heads(name):
     dtypes = {str(value.dtype) for value in read_checkpoint(ASSETS / f"{name}.safetensors").tensors.values()}
     assert dtypes <= {"torch.float16", "torch.int64"}  # the latter: how many batches a batch norm has seen
     assert (ASSETS / f"{name}.md").read_text().startswith(f"# {name}")
+
+
+def test_recoloured_people_keep_their_skin_and_are_cut_out_of_their_background():
+    recolour = runpy.run_path(str(SCRIPTS / "pedestrians.py"))["recolour"]
+    labels = ("background", "hair", "skin", "upper", "pants")
+    mask = np.repeat(np.arange(5, dtype=np.uint8), 40)[:, None].repeat(60, axis=1)
+    pixels = np.full((200, 60, 3), (200, 90, 30), np.uint8)
+    seen = [np.asarray(recolour(pixels, mask, labels, np.random.default_rng(i))) for i in range(12)]
+    assert all(image.shape == (160, 60, 4) for image in seen)
+    middles = np.stack([[image[row, 30] for row in (20, 60, 100, 140)] for image in seen])  # hair, skin, upper, pants
+    assert (middles[:, :2, :3] == (200, 90, 30)).all()
+    assert (middles[..., 3] == 255).all()
+    for garment in (2, 3):
+        assert len(np.unique(middles[:, garment, :3], axis=0)) > 6
 
 
 def test_the_models_fit_into_the_package():

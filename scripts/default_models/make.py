@@ -89,7 +89,7 @@ class Maker:
 
     def detector(self) -> None:
         """Train the detector on the student's backbone."""
-        self._detect("detector", self.work / "student-small")
+        self._detect("detector", self.work / "student")
 
     def pack(self) -> None:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
@@ -107,17 +107,20 @@ class Maker:
 
     def compare(self) -> None:
         """Fine-tune the distilled student and a random one alike, several times, and score what comes of each."""
-        results = []
-        for start, init in {"distilled": self.work / "distil", "random": "random:vit_tiny"}.items():
-            for seed in SEEDS:
-                path = self.work / "compare" / f"{start}-{seed}"
-                people, crowds = f"compare/{path.name}", f"compare/{path.name}-detector"
+        path = self.work / "compare.json"
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        short = ("--steps", "100", "--set", "detection_size=[192,256]", "--set", "save_every=100")
+        for seed in SEEDS:
+            for start, init in (("distilled", self.work / "distil"), ("random", "random:vit_tiny")):
+                if any((result["start"], result["seed"]) == (start, seed) for result in results):
+                    continue
+                people, crowds = f"compare/{start}-{seed}", f"compare/{start}-{seed}-detector"
                 self._finetune(people, init, "compare.yaml", "--set", f"seed={seed}")
-                self._detect(crowds, init, "--steps", "150", "--set", f"seed={seed}", "--set", "save_every=150")
+                self._detect(crowds, init, *short, "--set", f"seed={seed}")
                 scores = [self._evaluate(self.work / people, self._people())]
                 scores += [self._evaluate(self.work / crowds, part) for part in self._crowds()]
                 results.append({"start": start, "seed": seed, "scores": scores})
-        write_text(self.work / "compare.json", json.dumps(results))
+                write_text(path, json.dumps(results))
 
     def score(self) -> None:
         """Score the packed models on the validation parts; write bench/results/default_models.json."""
@@ -127,8 +130,8 @@ class Maker:
             name = PACKED[run]
             results += [{"name": name, **self._evaluate(ASSETS / f"{name}.safetensors", tasks)} for tasks in sets]
         training = {run: curve(self.work / run) for run in RUNS if (self.work / run).exists()}
-        compared = self.work / "compare.json"
-        starts = json.loads(compared.read_text(encoding="utf-8")) if compared.exists() else []
+        path = self.work / "compare.json"
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         document = {"scores": results, "starts": starts, "training": training}
         write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
