@@ -33,9 +33,7 @@ SEEDS = (0, 1, 2)  # of the comparison of starts
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
 RUNS = ("teacher", "distil", "student-small", "student", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
-SINGLES_EVERY = 5  # of the photographs with joints, the part whose people become boxes
-SINGLES_MARGIN = 0.12  # of the larger side: a body is thicker than its joints
-COCO_REPEATS = 16  # its 61 frames vary more than the hundreds of the clips
+COCO_REPEATS = 8  # its 61 frames vary more than the hundreds of the clips
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
     "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
@@ -89,7 +87,7 @@ class Maker:
 
     def detector(self) -> None:
         """Train the detector on the student's backbone."""
-        self._detect("detector", self.work / "student")
+        self._detect("detector", self.work / "student-small")
 
     def pack(self) -> None:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
@@ -109,7 +107,7 @@ class Maker:
         """Fine-tune the distilled student and a random one alike, several times, and score what comes of each."""
         path = self.work / "compare.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        short = ("--steps", "100", "--set", "detection_size=[192,256]", "--set", "save_every=100")
+        short = ("--steps", "100", "--set", "save_every=100")
         for seed in SEEDS:
             for start, init in (("distilled", self.work / "distil"), ("random", "random:vit_tiny")):
                 if any((result["start"], result["seed"]) == (start, seed) for result in results):
@@ -161,9 +159,7 @@ class Maker:
                  "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
 
     def _detect(self, name: str, init: object, *settings: str) -> None:
-        singles = write_singles(self.data / "lspet", self.work / "singles")
-        parts = {self.data / "coco_person": ("train2017", COCO_REPEATS), self.work / "footage": ("train", 1),
-                 singles: ("train", 1)}  # fmt: skip
+        parts = {self.data / "coco_person": ("train2017", COCO_REPEATS), self.work / "footage": ("train", 1)}
         frames = join_frames(parts, self.work / "frames")
         paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
         run = self.work / name
@@ -197,33 +193,6 @@ def join_frames(sources: dict[Path, tuple[str, int]], out: Path) -> Path:
             for annotation in data["annotations"]:
                 image_id = number[annotation["image_id"]]
                 annotations.append({**annotation, "id": len(annotations), "image_id": image_id})
-    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
-    write_text(out / "annotations" / "instances_train.json", json.dumps(document))
-    return out
-
-
-def write_singles(poses: Path, out: Path) -> Path:
-    """Write photographs with joints as frames in COCO's layout: the box of a person is that of the joints, widened."""
-    data = json.loads((poses / "annotations" / "person_keypoints_train.json").read_text(encoding="utf-8"))
-    by_image = {image["id"]: image for image in data["images"]}
-    images, annotations = [], []
-    for annotation in data["annotations"][::SINGLES_EVERY]:
-        image = by_image[annotation["image_id"]]
-        joints = [annotation["keypoints"][i : i + 2] for i in range(0, len(annotation["keypoints"]), 3)
-                  if annotation["keypoints"][i + 2] > 0]  # fmt: skip
-        if len(joints) < len(annotation["keypoints"]) // 3 - 2:
-            continue  # the box would miss a limb
-        columns, rows = zip(*joints, strict=True)
-        margin = SINGLES_MARGIN * max(max(columns) - min(columns), max(rows) - min(rows))
-        left, top = max(min(columns) - margin, 0), max(min(rows) - margin, 0)
-        right, bottom = min(max(columns) + margin, image["width"]), min(max(rows) + margin, image["height"])
-        images.append(image)
-        annotations.append({"id": len(annotations), "image_id": image["id"], "category_id": 1, "iscrowd": 0,
-                            "bbox": [left, top, right - left, bottom - top],
-                            "area": (right - left) * (bottom - top)})  # fmt: skip
-    (out / "train").unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "train").symlink_to((poses / "train").resolve())
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
     write_text(out / "annotations" / "instances_train.json", json.dumps(document))
     return out
