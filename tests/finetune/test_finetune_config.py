@@ -52,7 +52,7 @@ def test_people_who_are_recognised_hardly_turn():
     [
         ({"task": []}, "no task to train: give --task NAME=DIR"),
         ({"task": ["hair=x"]}, "no task 'hair'"),
-        ({"stepz": 4}, "unknown setting stepz; known are attribute_head, backgrounds, batch, "),
+        ({"stepz": 4}, "unknown setting stepz; known are attribute_head, attribute_loss, backgrounds, "),
         ({"steps": 0}, "steps is 0, expected more than 0"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5, expected 0 to 1"),
         ({"freeze_blocks": -1}, "freeze_blocks is -1, expected 0 or more"),

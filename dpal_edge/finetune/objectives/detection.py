@@ -114,7 +114,7 @@ class DetectionObjective(nn.Module):
         crowded = self._crowds is not None and rng.random() < self._paste_share
         if self._crowds and crowded and self._crowds.backgrounds and rng.random() < _ON_BACKGROUND:
             frame = self._crowds.background(self.size, rng)
-        elif rng.random() < self._mosaic:
+        elif self._mosaic and rng.random() < self._mosaic:
             frame = self._join(sample, rng)
         else:
             frame = _view(sample, self.size, rng)
