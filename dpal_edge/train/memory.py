@@ -9,8 +9,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory it frees; tell whether its C library can.
 
     glibc maps every block above 32 MB anew and gives it back when it is freed, so the kernel clears the pages of each
-    activation in each update, which takes a fifth of it (bench/allocator.py). The process then stays as large as it
-    was at its largest.
+    activation in each update: 8 % of it for a ViT-S alone (bench/allocator.py), more where heads have large maps. The
+    process then stays as large as it was at its largest.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
