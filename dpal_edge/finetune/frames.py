@@ -68,6 +68,8 @@ def draw_view(
     Args:
         frame: height, width in pixels.
         size: height, width of the input.
+        rng: draws the view.
+        scales: least and greatest, of the size at which the frame just fits.
     """
     fitting = min(size[0] / frame[0], size[1] / frame[1])
     scale = fitting * float(np.exp(rng.uniform(*np.log(scales))))

@@ -136,6 +136,7 @@ def losses(state: State, model: HumanModel, tasks: Mapping[str, TaskBatch], conf
     values: Values = {}
     with autocast(state.device, state.precision):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not config.freeze_backbone):
+            # Heads enlarge their maps outside of what autocast knows, and half the bytes are half the time.
             tokens = model.backbone(normalize(pixels, state.mean, state.std)).to(DTYPES[state.precision])
         parts = tokens.split([len(batch["image"]) for batch in moved.values()])
         for (task, batch), own in zip(moved.items(), parts, strict=True):

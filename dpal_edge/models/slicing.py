@@ -45,6 +45,7 @@ def slice_vit(
     """
     taught = large.blocks[:layer]
     _check(student, large, len(taught))
+    _check_grids(student, large, images, seen)
     basis = principal_basis(large, seen, student.config.width, len(taught))
     _fit_embedding(student, large, images, seen, basis)
     tokens, truth, count = student.embed(images), large.embed(seen), len(student.blocks)
@@ -89,6 +90,12 @@ def principal_basis(large: VisionTransformer, seen: Tensor, width: int, layer: i
     It looks at the tokens as the norms leave them, those of all blocks up to ``layer`` alike. Each of its rows adds
     up to nothing, so the part that it keeps has zero mean, and a LayerNorm of ``width`` scales it as one of D would,
     but for what was lost.
+
+    Args:
+        large: a ViT of D channels.
+        seen: (B, 3, H, W), normalised as it wants them.
+        width: channels to keep, the mean's among them.
+        layer: its last block that counts, from 1; None is the last there is.
     """
     moment = torch.zeros(large.config.width, large.config.width, dtype=torch.float64, device=seen.device)
 
@@ -224,6 +231,16 @@ def _assign(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 def _reset_norm(norm: nn.LayerNorm) -> None:
     nn.init.ones_(norm.weight)
     nn.init.zeros_(norm.bias)
+
+
+def _check_grids(student: VisionTransformer, large: VisionTransformer, images: Tensor, seen: Tensor) -> None:
+    views = ((student, images), (large, seen))
+    own, its = ([side // vit.config.patch_size for side in pixels.shape[-2:]] for vit, pixels in views)
+    if own != its:
+        raise ConfigError(
+            f"the student sees {own[0]}x{own[1]} patches, the ViT it is sliced from {its[0]}x{its[1]}; give a size "
+            f"that makes them the same"
+        )
 
 
 def _check(student: VisionTransformer, large: VisionTransformer, depth: int) -> None:

@@ -74,9 +74,10 @@ def main(detector: Path, out: Path, videos: tuple[str, ...]) -> None:
             images.append({"id": image, "file_name": f"{name}.jpg", "height": frame.shape[0], "width": frame.shape[1]})
             for j, row in enumerate(found[i]):
                 score, left, top, right, bottom = row.tolist()
+                if right - left < 2 or bottom - top < 2:
+                    continue
                 part = np.s_[int(top) : math.ceil(bottom), int(left) : math.ceil(right)]
-                moved = (np.abs(frame[part] - empty[part]).max(-1) > _CHANGED).mean()
-                if right - left < 2 or bottom - top < 2 or moved < _MOVED:
+                if (np.abs(frame[part] - empty[part]).max(-1) > _CHANGED).mean() < _MOVED:
                     continue
                 box = [left, top, right - left, bottom - top]
                 annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": 1, "bbox": box,

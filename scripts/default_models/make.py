@@ -81,7 +81,7 @@ class Maker:
                  *_resume(run))  # fmt: skip
 
     def student(self) -> None:
-        """Put the heads on the student: at a quarter of the pixels first."""
+        """Put the heads on the student: at fewer pixels first."""
         self._finetune("student-small", self.work / "distil", "student-small.yaml")
         self._finetune("student", self.work / "student-small", "student.yaml")
 

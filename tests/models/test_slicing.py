@@ -69,6 +69,11 @@ def test_basis_is_orthonormal_without_a_mean(images):
     assert basis.sum(0).abs().max() < 1e-4
 
 
+def test_other_grids_are_refused(images):
+    with pytest.raises(ConfigError, match=r"the student sees 4x2 patches, the ViT it is sliced from 2x2; give a size"):
+        slice_vit(build(), build(), images[:4], images[:4, :, :32])
+
+
 @pytest.mark.parametrize(
     ("small", "wide", "message"),
     [
