@@ -27,6 +27,7 @@ from dpal_edge.tasks.sample import TOLERANCE
 from dpal_edge.tasks.table import parse_tasks
 from dpal_edge.train.distributed import World
 from dpal_edge.train.loop import choose_device
+from dpal_edge.train.memory import keep_freed_memory
 
 MAY_CHANGE = frozenset(
     {"steps", "lr", "clip", "precision", "device", "workers", "log_every", "save_every", "keep", "trackers"}
@@ -49,6 +50,8 @@ class Session:
         self.digest = digest(self.objectives)
         earlier = saved.metadata["written"]["precision"] if saved else None
         device, precision = choose_device(config, World(), earlier=earlier)
+        if device.type == "cpu":
+            keep_freed_memory()
         model = build_model(start, self.objectives, config)
         mean, std = tuple(start.facts["mean"]), tuple(start.facts["std"])
         self.state = build_state(model, self.objectives, config, device, precision, mean=mean, std=std)

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -27,7 +27,7 @@ from dpal_edge.train.cache import TargetCache
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import Batch, PersonBatches
 from dpal_edge.train.distributed import World
-from dpal_edge.train.memory import keep_freed_memory
+from dpal_edge.train.memory import give_back_freed_memory
 from dpal_edge.train.method import Method, Values, Views
 from dpal_edge.train.methods import find_method
 
@@ -146,8 +146,6 @@ def choose_device(config: Machine, world: World, *, earlier: str | None = None) 
         precision = "bf16" if fast else "float32"
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision fp16 needs a CUDA device; on a CPU take --set precision=bf16 or float32")
-    if device.type == "cpu":
-        keep_freed_memory()
     return device, precision
 
 
@@ -157,16 +155,16 @@ def build_state(
     device: torch.device,
     precision: str,
     world: World | None = None,
-    begin: Callable[[Student], None] | None = None,
+    first: Student | None = None,
 ) -> State:
     """Build method, optimizer and running mean at update 0; teachers change to ``precision``.
 
-    ``begin`` may change the student's first weights, while the teachers are still in float32.
+    The student begins with the weights of ``first`` instead of those of the seed, where there is one.
     """
     world = world or World()
     method = find_method(config.method).build(config, teachers).to(device)
-    if begin is not None:
-        begin(method.backbone)
+    if first is not None:
+        method.backbone.load_state_dict(first.state_dict())
     teachers.cast(DTYPES[precision])
     optimizer = AdamW(_parameter_groups(method, config), lr=0.0, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -336,6 +334,8 @@ def _fits(state: State, batches: PersonBatches, images: int) -> bool:
     gc.collect()
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        give_back_freed_memory()
     smaller = PersonBatches(batches.source, batches.config, batches.views, batch=images)
     try:
         compute(state, to_views(smaller[0], state.device), 0.0)

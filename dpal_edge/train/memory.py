@@ -3,6 +3,7 @@
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's <malloc.h>
+_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
 
 
 def keep_freed_memory() -> bool:
@@ -17,3 +18,14 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library, which has its own ways
         return False
     return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))
+
+
+def give_back_freed_memory() -> None:
+    """Undo ``keep_freed_memory``, and give back what was kept, so that what is free can be told."""
+    try:
+        library = ctypes.CDLL(None)
+        for setting, value in _DEFAULTS.items():
+            library.mallopt(setting, value)
+        library.malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass

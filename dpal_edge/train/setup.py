@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.models.checkpoint import Checkpoint, list_checkpoints, read_newest
 from dpal_edge.models.encoders import VitEncoder
 from dpal_edge.models.slicing import explained, slice_vit
-from dpal_edge.models.students import Student
 from dpal_edge.models.teacher import Teacher, Teachers, check_features, load_teachers, passport_fields
 from dpal_edge.models.vit import VisionTransformer
 from dpal_edge.probe.command import read_splits
@@ -25,6 +25,8 @@ from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.data import PersonBatches, split_validation
 from dpal_edge.train.distributed import World
 from dpal_edge.train.loop import State, TimedLoader, build_state, choose_device
+from dpal_edge.train.memory import keep_freed_memory
+from dpal_edge.train.methods.dpal import new_student
 from dpal_edge.train.sources import ImageSource, open_source
 from dpal_edge.train.trackers import require_trackers
 
@@ -120,9 +122,13 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
     data = data or _open_data(config)
     device, precision = choose_device(config, world, earlier=saved.metadata["written"]["precision"] if saved else None)
     teachers = load_teachers(config.teacher, layer=config.teacher_layer, size=config.size)
-    slicing = _Slicing(teachers.teacher("local"), config, data.train) if config.start == "sliced" else None
-    begin = slicing if saved is None else None
-    state = build_state(config, teachers.to(device), device, precision, world, begin)
+    if device.type == "cpu":
+        keep_freed_memory()
+    teachers.to(device)
+    first, share = None, None
+    if config.start == "sliced" and saved is None:
+        first, share = _slice_student(teachers.teacher("local"), config, data.train, device)
+    state = build_state(config, teachers, device, precision, world, first)
     passports = _checked_passports(teachers, data.train, config, device)
     changes = _restore(state, saved, config, passports, data) if saved is not None else []
     if len(set(world.gather((state.step, data.digest, *(passport["sha256"] for passport in passports))))) > 1:
@@ -132,7 +138,7 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
         )
     state.cache = _open_cache(config, state, passports, data)
     losses = saved.metadata["validation"] if saved else {}
-    return Setup(config, state, data, passports, changes, losses, slicing.explained if slicing else None)
+    return Setup(config, state, data, passports, changes, losses, share)
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:
@@ -232,37 +238,27 @@ def _open_data(config: TrainConfig) -> Data:
     return Data(train, validation, digest, len(source.names))
 
 
-class _Slicing:
-    """Slices a student out of a teacher before its first update."""
+def _slice_student(
+    teacher: Teacher, config: TrainConfig, source: ImageSource, device: torch.device
+) -> tuple[VisionTransformer, float]:
+    """Slice the student out of a teacher in float32; return it and what share of the teacher's variance it explains.
 
-    def __init__(self, teacher: Teacher, config: TrainConfig, source: ImageSource) -> None:
-        self._teacher, self._config, self._source = teacher, config, source
-        self.explained: float | None = None
-
-    def __call__(self, student: Student) -> None:
-        """Replace the student's weights.
-
-        Raises:
-            ConfigError: student and teacher are no ViTs that fit each other.
-        """
-        encoder = self._teacher.encoder
-        if not (isinstance(encoder, VitEncoder) and isinstance(student, VisionTransformer)):
-            raise ConfigError("start=sliced needs a ViT as student and one of this project's ViTs as teacher")
-        rows, columns = student.config.grid
-        if (own := self._teacher.passport.grid) != (rows, columns):
-            raise ConfigError(
-                f"start=sliced: the teacher sees {own[0]}x{own[1]} patches, the student {rows}x{columns}; give a size "
-                f"that makes them the same"
-            )
-        count = min(_SLICED_TOKENS // (rows * columns), len(self._source.names)) // _SLICED_BATCH
-        crops = PersonBatches(self._source, self._config, ("base",), batch=_SLICED_BATCH)
-        device = student.pos_embed.device
-        images = torch.cat([to_views(crops[i], device).base for i in range(max(count, 2))])
-        with torch.no_grad():
-            seen = self._teacher.prepare(images)
-        held = max(len(images) // 16, 1)
-        basis = slice_vit(student, encoder.vit, images[held:], seen[held:], layer=encoder.layer)
-        self.explained = explained(student, encoder.vit, images[:held], seen[:held], basis, layer=encoder.layer)
+    Raises:
+        ConfigError: student and teacher are no ViTs that fit each other.
+    """
+    encoder, student = teacher.encoder, new_student(config, torch.Generator()).to(device)
+    if not (isinstance(encoder, VitEncoder) and isinstance(student, VisionTransformer)):
+        raise ConfigError(
+            "start=sliced needs a ViT as student and one of this project's ViTs as teacher; others take start=random"
+        )
+    count = min(_SLICED_TOKENS // math.prod(student.config.grid), len(source.names)) // _SLICED_BATCH
+    crops = PersonBatches(source, config, ("base",), batch=_SLICED_BATCH)
+    images = torch.cat([to_views(crops[i], device).base for i in range(max(count, 2))])
+    with torch.no_grad():
+        seen = teacher.prepare(images)
+    held = max(len(images) // 16, 1)
+    basis = slice_vit(student, encoder.vit, images[held:], seen[held:], layer=encoder.layer)
+    return student, explained(student, encoder.vit, images[:held], seen[:held], basis, layer=encoder.layer)
 
 
 def _checked_passports(

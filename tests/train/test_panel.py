@@ -13,7 +13,8 @@ TEACHER = {
     "layer": 11, "keys_matched": 0.997, "licence": "MIT", "limits": "", "note": "Its last block is untrained.",
 }  # fmt: skip
 FACTS = {
-    "student": "vit_tiny", "method": "dpal", "parameters": {"backbone": 5.46e6, "train_only": 29.35e6},
+    "student": "vit_tiny", "explained": None, "method": "dpal",
+    "parameters": {"backbone": 5.46e6, "train_only": 29.35e6},
     "teachers": [TEACHER], "images": 900, "validation_images": 100, "ignored": ["a.txt", "b.txt", "c.txt", "d.txt"],
     "device": "cuda:0", "precision": "bf16", "processes": 8, "from_step": 2000, "steps": 10_000, "batch": 256,
     "accumulate": 2, "changes": [{"step": 2000, "name": "accumulate", "before": 1, "after": 2}],
