@@ -1,15 +1,18 @@
 """The models that come with the package, and the scripts that make them."""
 
+import json
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+from PIL import Image
 from safetensors.torch import load_file
 
 from dpal_edge.models.checkpoint import read_checkpoint
 from dpal_edge.models.human import load_human
+from dpal_edge.models.teacher import load_teacher
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "default_models"
 ASSETS = Path(__file__).parents[1] / "dpal_edge" / "assets"
@@ -37,6 +40,40 @@ def test_models_open_with_their_heads(name):
     dtypes = {str(value.dtype) for value in read_checkpoint(ASSETS / f"{name}.safetensors").tensors.values()}
     assert dtypes <= {"torch.float16", "torch.int64"}  # the latter: how many batches a batch norm has seen
     assert (ASSETS / f"{name}.md").read_text().startswith(f"# {name}")
+
+
+def test_what_limits_the_teacher_that_ships_limits_what_it_teaches():
+    passport = load_teacher(str(ASSETS / "human_teacher_vit_small.safetensors"), size=(256, 128)).passport
+    assert passport.licence.startswith("Apache-2.0")
+    assert "for research and evaluation" in passport.limits
+
+
+def test_boxes_of_photographs_reach_around_joints_and_masks(tmp_path):
+    script = runpy.run_path(str(SCRIPTS / "photographs.py"))
+    joints = np.zeros((14, 3))
+    joints[:12] = [[20 + 5 * i, 10 + 10 * i, 2] for i in range(12)]  # x 20..75, y 10..120
+    hidden = joints * [1, 1, 0]
+    annotations = [
+        {"image_id": i, "keypoints": points.ravel().tolist()} for i, points in enumerate((joints, hidden), 1)
+    ]
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}]
+    document = {"images": images, "annotations": annotations}
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "person_keypoints_train.json").write_text(json.dumps(document))
+    [(path, box)] = script["boxes_of_joints"](tmp_path).items()
+    assert path == tmp_path / "train" / "a.png"
+    np.testing.assert_allclose(box, [20 - 8.8, 10 - 8.8, 75 + 8.8, 120 + 8.8])
+
+    for folder in ("train_images", "train_segmentations"):
+        (tmp_path / folder).mkdir()
+    mask = np.zeros((60, 40), np.uint8)
+    mask[5:50, 12:30] = 4
+    Image.fromarray(mask).save(tmp_path / "train_segmentations" / "c.png")
+    Image.new("RGB", (40, 60)).save(tmp_path / "train_images" / "c.jpg")
+    (tmp_path / "train_id.txt").write_text("c\n")
+    [(path, box)] = script["boxes_of_masks"](tmp_path).items()
+    assert path.name == "c.jpg"
+    assert box.tolist() == [12, 5, 30, 50]
 
 
 def test_recoloured_people_keep_their_skin_and_are_cut_out_of_their_background():

@@ -45,7 +45,7 @@ class FinetuneConfig:
     paste: str | None = None  # folder of masked people (LIP layout): they become synthetic crowds for detection
     backgrounds: str | None = None  # folder of images without people, for those crowds
     paste_share: float = 0.5  # share of a detector's images that are such crowds
-    mosaic: float = 0.0  # share of its other images that join views of four frames
+    mosaic: float = 0.0  # share of its other images that join views of several frames
 
     # Augmentation (finetune/augment.py)
     flip: float = 0.5

@@ -66,10 +66,12 @@ def _open_ours(spec: TeacherSpec, path: Path) -> tuple[Encoder, Origin]:
     """Open a checkpoint of this project, which tells its own architecture; ``entry`` chooses weights in it."""
     spec.refuse_others({"entry"}, "a checkpoint of this project")
     backbone, metadata = load_backbone(path, weights=spec.entry or "best")
-    limits = {passport.get("limits", "") for passport in metadata.get("teachers", [])} - {""}
+    inherited = {passport.get("limits", "") for passport in metadata.get("teachers", [])} - {""}
+    limits = [metadata.get("limits", ""), *(f"Its teacher's: {text}" for text in sorted(inherited))]
     family = Family(
-        name="student of dpal-edge",
-        limits=" ".join(f"Its teacher's: {text}" for text in sorted(limits)),
+        name="model of dpal-edge",
+        licence=metadata.get("licence", Family.licence),
+        limits=" ".join(text for text in limits if text),
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
     )

@@ -33,7 +33,7 @@ SEEDS = (0, 1, 2)  # of the comparison of starts
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
 RUNS = ("teacher", "distil", "student-small", "student", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
-COCO_REPEATS = 8  # its 61 frames vary more than the hundreds of the clips
+REPEATS = {"coco_person": 40, "footage": 2, "photographs": 1}  # of the 61, 856 and 6,805 frames for the detector
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
     "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
@@ -49,7 +49,7 @@ class Maker:
         self.omz = self.data / "peers" / "omz"
 
     def footage(self) -> None:
-        """Cut people out of the clips, and put all unlabelled crops into one folder."""
+        """Make what is learned from out of clips and photographs: crops, pedestrians, and frames with boxes."""
         name = "pedestrian-detection-adas-0002"
         videos = [str(self.data / "videos" / video) for video in VIDEOS]
         detector = self.omz / name / "FP16" / f"{name}.xml"
@@ -58,11 +58,15 @@ class Maker:
         _python(
             HERE / "pedestrians.py", "--people", people, "--backgrounds", places, "--out", self.work / "pedestrians"
         )
-        photographs, fashion = self.data / "lspet" / "train", self.data / "ccp" / "train_images"
-        for source in (photographs, fashion, self.work / "footage" / "crops"):
+        _python(
+            HERE / "photographs.py", "--joints", self.data / "lspet", "--masks", people,
+            "--out", self.work / "photographs",
+        )  # fmt: skip
+        athletes, fashion = self.data / "lspet" / "train", self.data / "ccp" / "train_images"
+        for source in (athletes, fashion, self.work / "footage" / "crops"):
             link_images(source, self.work / "unlabelled" / f"{source.parent.name}_{source.name}")
         # Who is to be recognised walks upright, so of the athletes every third will do.
-        link_images(photographs, self.work / "embedded" / "lspet_train", every=3)
+        link_images(athletes, self.work / "embedded" / "lspet_train", every=3)
         for source in (fashion, self.work / "footage" / "crops", self.work / "pedestrians"):
             link_images(source, self.work / "embedded" / f"{source.parent.name}_{source.name}")
 
@@ -159,7 +163,9 @@ class Maker:
                  "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
 
     def _detect(self, name: str, init: object, *settings: str) -> None:
-        parts = {self.data / "coco_person": ("train2017", COCO_REPEATS), self.work / "footage": ("train", 1)}
+        sources = {self.data / "coco_person": "train2017"}
+        sources |= {self.work / name: "train" for name in ("footage", "photographs")}
+        parts = {source: (part, REPEATS[source.name]) for source, part in sources.items()}
         frames = join_frames(parts, self.work / "frames")
         paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
         run = self.work / name

@@ -207,7 +207,7 @@ def test_share_of_crowds(cutouts, objective):
     assert all((never.example(i % 3, np.random.default_rng(i))["kind"] != 0).sum() <= 4 for i in range(30))
 
 
-def test_mosaic_joins_four_frames_with_their_boxes(tmp_path):
+def test_mosaic_joins_frames_with_their_boxes(tmp_path):
     """Each frame is a square of its own colour, whose box is known: all boxes of the mosaic hold one colour alone."""
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
     samples = []
@@ -231,8 +231,8 @@ def test_mosaic_joins_four_frames_with_their_boxes(tmp_path):
         for left, top, right, bottom in ignored:
             inside[max(top - 2, 0) : bottom + 2, max(left - 2, 0) : right + 2] = True
         assert (saturated & ~inside).mean() < 0.005  # nobody is without a box
-    assert max(counts) == 4
-    assert np.mean(counts) > 3
+    assert 9 < max(counts) <= 16
+    assert 3 <= min(counts) <= 4
 
 
 def test_unreadable_image(tmp_path):

@@ -423,7 +423,7 @@ def test_our_own_checkpoints_teach(tmp_path, architecture):
     teacher = load_teacher(str(path), student_patch=student.config.patch_size)
     _, normalised = pixels()
     torch.testing.assert_close(teacher(normalised), student(normalised))
-    assert (teacher.passport.family, teacher.passport.entry) == ("student of dpal-edge", "backbone")
+    assert (teacher.passport.family, teacher.passport.entry) == ("model of dpal-edge", "backbone")
     assert teacher.passport.limits == "Its teacher's: Non-commercial use only."
     assert load_teacher(f"{path}?entry=ema").passport.entry == "ema"
     with pytest.raises(ConfigError, match="heads means nothing for a checkpoint of this project"):

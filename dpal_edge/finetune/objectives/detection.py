@@ -1,5 +1,6 @@
 """Training of a person detector: which locations answer for whom, and the loss of their boxes and scores."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchvision.ops import generalized_box_iou_loss
 from dpal_edge.errors import ConfigError
 from dpal_edge.finetune.augment import Augmentation, change_colours
 from dpal_edge.finetune.crowds import Crowds
-from dpal_edge.finetune.frames import IGNORED, PERSON, SCALES, Frame, draw_view
+from dpal_edge.finetune.frames import IGNORED, PERSON, SCALES, Frame, covering_view, draw_view
 from dpal_edge.finetune.objective import Example, Values, epoch_order
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.tasks.detection import People
@@ -25,8 +26,10 @@ from dpal_edge.tasks.sample import Sample, Split
 _CHANNELS = 128  # of the head
 _MOST = 256  # boxes of an example, the largest; more are not in any view of the data sets known here
 _ON_BACKGROUND = 0.7  # share of crowds that stand on a background rather than among the people of a frame
-_MEETING = (0.3, 0.7)  # of each side: where the parts of a mosaic meet
-_JOINED_SCALES = (0.7, 2.0)  # of a part of a mosaic, as draw_view has them: little of it stays empty
+_PARTS = (2, 3, 4)  # rows, and columns, of a mosaic: people become as small as street cameras see them
+_UNEVEN = 0.3  # how far a line between parts lies from even ones, in distances of these
+_FILLED = 0.5  # share of the parts that a frame fills: an edge towards grey must not tell where people are
+_JOINED_SCALES = (0.7, 2.0)  # of the other parts, as draw_view has them
 _TOP = 13  # locations that may answer for one person
 _SCORE_POWER, _OVERLAP_POWER = 0.5, 6.0  # of the alignment of a location with a person
 _EASY = 0.75  # weight of an empty location, times its squared score
@@ -65,7 +68,7 @@ class DetectionObjective(nn.Module):
             paste: masked people that become crowds, as ``Crowds`` reads them; None makes no crowds.
             backgrounds: images without people, for those crowds; without, they join the people of the frames.
             paste_share: share of the examples that are crowds.
-            mosaic: share of the others that join views of four frames.
+            mosaic: share of the others that join views of 4, 9 or 16 frames.
 
         Raises:
             DataError: a folder is missing or empty, or too many of the masked people cannot be used.
@@ -123,17 +126,16 @@ class DetectionObjective(nn.Module):
         return Frame(change_colours(frame.pixels, _COLOURS, rng), frame.boxes, frame.kinds)
 
     def _join(self, sample: Sample[People], rng: np.random.Generator) -> Frame:
-        """Join views of a frame and of three others, which meet somewhere near the middle.
+        """Join views of a frame and of others in a grid that is not quite even.
 
-        Source: mosaic of YOLOv4 (Bochkovskiy et al., 2020).
+        Source: mosaic of YOLOv4 (Bochkovskiy et al., 2020). Differs: it has up to 4 rows and columns, not 2.
         """
-        height, width = self.size
-        row, column = (round(side * rng.uniform(*_MEETING)) for side in self.size)
-        samples = [sample, *(self.split.samples[rng.integers(len(self))] for _ in range(3))]
-        corners = [(0, 0, row, column), (0, column, row, width), (row, 0, height, column), (row, column, height, width)]
-        joined, boxes, kinds = np.empty((height, width, 3), np.uint8), [], []
-        for one, (top, left, bottom, right) in zip(samples, corners, strict=True):
-            part = _view(one, (bottom - top, right - left), rng, _JOINED_SCALES)
+        count = int(rng.choice(_PARTS))
+        rows, columns = (_lines(side, count, rng) for side in self.size)
+        joined, boxes, kinds = np.empty((*self.size, 3), np.uint8), [], []
+        for (top, bottom), (left, right) in itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)):
+            one = sample if top == left == 0 else self.split.samples[rng.integers(len(self))]
+            part = _view(one, (bottom - top, right - left), rng, None if rng.random() < _FILLED else _JOINED_SCALES)
             joined[top:bottom, left:right] = part.pixels
             boxes.append(part.boxes + np.array([left, top, left, top], np.float32))
             kinds.append(part.kinds)
@@ -207,12 +209,23 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return shared / (areas[0][:, :, None] + areas[1][:, None] - shared).clamp(min=1e-9)
 
 
+def _lines(side: int, count: int, rng: np.random.Generator) -> list[int]:
+    """Divide a side into so many parts; return where they begin and end."""
+    between = np.arange(1, count) + rng.uniform(-_UNEVEN, _UNEVEN, count - 1)
+    return [0, *np.rint(between * side / count).astype(int).tolist(), side]
+
+
 def _view(
-    sample: Sample[People], size: tuple[int, int], rng: np.random.Generator, scales: tuple[float, float] = SCALES
+    sample: Sample[People],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    scales: tuple[float, float] | None = SCALES,
 ) -> Frame:
+    """Draw a view of a frame between ``scales``; None has it fill the input."""
     image: Image.Image = open_image(sample.image, "RGB")
-    view = draw_view((image.height, image.width), size, rng, scales)
-    return Frame(view.image(image), *view.people(*_within(sample.target, (image.height, image.width))))
+    frame = (image.height, image.width)
+    view = draw_view(frame, size, rng, scales) if scales else covering_view(frame, size, rng)
+    return Frame(view.image(image), *view.people(*_within(sample.target, frame)))
 
 
 def _plain(sample: Sample[People], size: tuple[int, int]) -> Frame:
