@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.errors import DataError
 from dpal_edge.files import append_lines
 from dpal_edge.finetune.config import FinetuneConfig
 from dpal_edge.finetune.data import Batch, Batches
 from dpal_edge.finetune.loop import learning_rate, train
 from dpal_edge.finetune.objective import Values
-from dpal_edge.finetune.session import Session, checkpoint_to_resume
+from dpal_edge.finetune.session import MAY_CHANGE, Session
 from dpal_edge.finetune.watcher import Watcher
 from dpal_edge.models.checkpoint import list_checkpoints
+from dpal_edge.train.resume import checkpoint_to_resume
 from dpal_edge.train.run import stop_signals
 from dpal_edge.train.trackers import Trackers, open_trackers, require_trackers
 
@@ -52,9 +53,7 @@ def run_finetuning(
     Raises:
         ConfigError, DataError, ModelFileError: before anything is written, or with the last checkpoint intact.
     """
-    saved = checkpoint_to_resume(folder, config) if resume else None
-    if saved is None and list_checkpoints(folder):
-        raise ConfigError(f"{folder}: already holds a run; go on with it by --resume, or choose another --out")
+    saved = checkpoint_to_resume(folder, config, MAY_CHANGE, resume=resume)
     require_trackers(config.trackers)
     session = Session(config, folder, watcher or Watcher(), saved)
     session.watcher.started(session.describe())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpal_edge import __version__
-from dpal_edge.errors import ConfigError, DataError, ModelFileError
+from dpal_edge.errors import DataError, ModelFileError
 from dpal_edge.evaluate.command import read_splits
 from dpal_edge.evaluate.validation import evaluate_model
 from dpal_edge.files import append_lines, read_lines, write_text
@@ -21,7 +21,7 @@ from dpal_edge.finetune.loop import State, build_state, validate
 from dpal_edge.finetune.objective import Objective
 from dpal_edge.finetune.setup import build_model, check_examples, crop_size, digest, open_init, open_objectives
 from dpal_edge.finetune.watcher import Watcher
-from dpal_edge.models.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, read_newest, write_checkpoint
+from dpal_edge.models.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, write_checkpoint
 from dpal_edge.models.students import config_to_dict
 from dpal_edge.tasks.sample import TOLERANCE
 from dpal_edge.tasks.table import parse_tasks
@@ -31,7 +31,7 @@ from dpal_edge.train.memory import keep_freed_memory
 
 MAY_CHANGE = frozenset(
     {"steps", "lr", "clip", "precision", "device", "workers", "log_every", "save_every", "keep", "trackers"}
-    | {"evaluate_every", "evaluate_images"}
+    | {"batch", "evaluate_every", "evaluate_images"}
 )  # between start and resume
 
 
@@ -238,23 +238,3 @@ def _held_batches(
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def checkpoint_to_resume(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
-    """Read the newest checkpoint of a run; None if it has none yet.
-
-    Raises:
-        ModelFileError: it is damaged.
-        ConfigError: the run was started with other settings, or has done more updates than it is to do.
-    """
-    if not list_checkpoints(folder):
-        return None
-    _, saved = read_newest(folder)
-    before = saved.metadata["config"]
-    changed = [k for k, v in config.to_dict().items() if v != before.get(k) and k not in MAY_CHANGE]
-    if changed:
-        was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
-        raise ConfigError(f"{folder}: cannot resume with other settings; the run has {was}; start a new run for others")
-    if saved.metadata["step"] > config.steps:
-        raise ConfigError(f"{folder}: steps is {config.steps}, but {saved.metadata['step']} updates are done already")
-    return saved

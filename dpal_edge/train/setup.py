@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dpal_edge.errors import ConfigError, ModelFileError
-from dpal_edge.models.checkpoint import Checkpoint, list_checkpoints, read_newest
+from dpal_edge.models.checkpoint import Checkpoint
 from dpal_edge.models.encoders import VitEncoder
 from dpal_edge.models.slicing import explained, slice_vit
 from dpal_edge.models.teacher import Teacher, Teachers, check_features, load_teachers, passport_fields
@@ -27,6 +27,7 @@ from dpal_edge.train.distributed import World
 from dpal_edge.train.loop import State, TimedLoader, build_state, choose_device
 from dpal_edge.train.memory import keep_freed_memory
 from dpal_edge.train.methods.dpal import new_student
+from dpal_edge.train.resume import checkpoint_to_resume
 from dpal_edge.train.sources import ImageSource, open_source
 from dpal_edge.train.trackers import require_trackers
 
@@ -112,9 +113,7 @@ def prepare(config: TrainConfig, run: Path, world: World, *, resume: bool = Fals
         ConfigError, DataError, ModelFileError: as run_training.
     """
     check_batch(config, world.size)
-    saved = _checkpoint_to_resume(run, config) if resume else None
-    if saved is None:
-        _refuse_used(run)
+    saved = checkpoint_to_resume(run, config, MAY_CHANGE, resume=resume)
     require_trackers(config.trackers)
     read_splits(parse_tasks(config.probe, PROBES), config.probe_images, 0)  # what a probe hours from now will need
     data = _open_data(config) if world.local_rank == 0 else None
@@ -294,31 +293,6 @@ def _open_cache(config: TrainConfig, state: State, passports: list[dict[str, Any
     }
     rows = config.view_variants * len(data.train.names)
     return TargetCache(Path(config.teacher_cache), rows, identity)
-
-
-def _checkpoint_to_resume(run: Path, config: TrainConfig) -> Checkpoint | None:
-    """Read the newest checkpoint of ``run``; None if it has none yet.
-
-    Raises:
-        ModelFileError: it is damaged; then the newest intact one before it is named.
-        ConfigError: the run was started with other settings, or has done more updates than it is to do.
-    """
-    if not list_checkpoints(run):
-        return None
-    _, saved = read_newest(run)
-    before = saved.metadata["config"]
-    changed = [k for k, v in config.to_dict().items() if v != before.get(k) and k not in MAY_CHANGE]
-    if changed:
-        was = ", ".join(f"{key}={before.get(key)!r}" for key in changed)
-        raise ConfigError(f"{run}: cannot resume with other settings; the run has {was}; start a new run for others")
-    if saved.metadata["step"] > config.steps:
-        raise ConfigError(f"{run}: steps is {config.steps}, but {saved.metadata['step']} updates are done already")
-    return saved
-
-
-def _refuse_used(run: Path) -> None:
-    if list_checkpoints(run):
-        raise ConfigError(f"{run}: already holds a run; go on with it by --resume, or choose another --out")
 
 
 def worker_count(config: TrainConfig, device: torch.device, processes: int) -> int:

@@ -31,7 +31,7 @@ STEPS = ("footage", "teacher", "distil", "student", "detector", "pack", "compare
 SEEDS = (0, 1, 2)  # of the comparison of starts
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
-RUNS = ("teacher", "distil", "student-small", "student", "detector")
+RUNS = ("teacher", "distil", "student-small", "student", "detector-small", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
 REPEATS = {"coco_person": 40, "footage": 2, "photographs": 1}  # of the 61, 856 and 6,805 frames for the detector
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
@@ -79,10 +79,7 @@ class Maker:
 
     def distil(self) -> None:
         """Distil the student from the teacher, with DPAL."""
-        run = self.work / "distil"
-        _command("train", "--teacher", list_checkpoints(self.work / "teacher")[-1], "--data", self.work / "unlabelled",
-                 "--out", run, "--config", HERE / "distil.yaml", "--set", f"backgrounds={self.data / 'backgrounds'}",
-                 *_resume(run))  # fmt: skip
+        self._distil("distil", list_checkpoints(self.work / "teacher")[-1], "distil.yaml")
 
     def student(self) -> None:
         """Put the heads on the student: at fewer pixels first."""
@@ -90,8 +87,9 @@ class Maker:
         self._finetune("student", self.work / "student-small", "student.yaml")
 
     def detector(self) -> None:
-        """Train the detector on the student's backbone."""
-        self._detect("detector", self.work / "student-small")
+        """Train the detector on the student's backbone: on small frames first."""
+        self._detect("detector-small", self.work / "student", "detector-small.yaml")
+        self._detect("detector", self.work / "detector-small", "detector.yaml")
 
     def pack(self) -> None:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
@@ -108,17 +106,19 @@ class Maker:
                     link(path, ExportSettings(calibration=(str(images[run]),)))
 
     def compare(self) -> None:
-        """Fine-tune the distilled student and a random one alike, several times, and score what comes of each."""
+        """Fine-tune a distilled student and a random one alike, several times, and score what comes of each."""
+        distilled = self.work / "compare" / "distilled"
+        self._distil("compare/distilled", ASSETS / f"{PACKED['teacher']}.safetensors", "compare-distil.yaml")
         path = self.work / "compare.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         short = ("--steps", "100", "--set", "save_every=100")
         for seed in SEEDS:
-            for start, init in (("distilled", self.work / "distil"), ("random", "random:vit_tiny")):
+            for start, init in (("distilled", distilled), ("random", "random:vit_tiny")):
                 if any((result["start"], result["seed"]) == (start, seed) for result in results):
                     continue
                 people, crowds = f"compare/{start}-{seed}", f"compare/{start}-{seed}-detector"
                 self._finetune(people, init, "compare.yaml", "--set", f"seed={seed}")
-                self._detect(crowds, init, *short, "--set", f"seed={seed}")
+                self._detect(crowds, init, "detector-small.yaml", *short, "--set", f"seed={seed}")
                 scores = [self._evaluate(self.work / people, self._people())]
                 scores += [self._evaluate(self.work / crowds, part) for part in self._crowds()]
                 results.append({"start": start, "seed": seed, "scores": scores})
@@ -131,10 +131,12 @@ class Maker:
                           ("detector", self._crowds())):  # fmt: skip
             name = PACKED[run]
             results += [{"name": name, **self._evaluate(ASSETS / f"{name}.safetensors", tasks)} for tasks in sets]
+        # What was not made anew in this folder went as it is written already.
+        earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         training = {run: curve(self.work / run) for run in RUNS if (self.work / run).exists()}
         path = self.work / "compare.json"
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        document = {"scores": results, "starts": starts, "training": training}
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else earlier.get("starts", [])
+        document = {"scores": results, "starts": starts, "training": {**earlier.get("training", {}), **training}}
         write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
 
@@ -153,6 +155,11 @@ class Maker:
         command = [sys.executable, "-m", "dpal_edge", "evaluate", str(model), *options, "--json"]
         return _without_folders(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
+    def _distil(self, name: str, teacher: Path, config: str) -> None:
+        run, places = self.work / name, self.data / "backgrounds"
+        _command("train", "--teacher", teacher, "--data", self.work / "unlabelled", "--out", run,
+                 "--config", HERE / config, "--set", f"backgrounds={places}", *_resume(run))  # fmt: skip
+
     def _finetune(self, name: str, init: object, config: str, *settings: str) -> None:
         embedder = "person-reidentification-retail-0277"
         teacher = self.omz / embedder / "FP16" / f"{embedder}.xml"
@@ -162,7 +169,7 @@ class Maker:
         _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / config,
                  "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
 
-    def _detect(self, name: str, init: object, *settings: str) -> None:
+    def _detect(self, name: str, init: object, config: str, *settings: str) -> None:
         sources = {self.data / "coco_person": "train2017"}
         sources |= {self.work / name: "train" for name in ("footage", "photographs")}
         parts = {source: (part, REPEATS[source.name]) for source, part in sources.items()}
@@ -170,7 +177,7 @@ class Maker:
         paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
         run = self.work / name
         _command("finetune", "--init", init, "--task", f"detection={frames}", "--out", run,
-                 "--config", HERE / "detector.yaml", *paste, *settings, *_resume(run))  # fmt: skip
+                 "--config", HERE / config, *paste, *settings, *_resume(run))  # fmt: skip
 
 
 def link_images(folder: Path, out: Path, *, prefixes: tuple[str, ...] = ("",), every: int = 1) -> Path:

@@ -18,7 +18,7 @@ from dpal_edge.finetune.loop import learning_rate, parameter_groups
 from dpal_edge.finetune.run import run_finetuning
 from dpal_edge.finetune.setup import build_model, crop_size, open_init, open_objectives
 from dpal_edge.finetune.watcher import Watcher
-from dpal_edge.models.checkpoint import load_backbone, read_newest
+from dpal_edge.models.checkpoint import list_checkpoints, load_backbone, read_checkpoint, read_newest, write_checkpoint
 from dpal_edge.models.human import load_human
 from tests.tasks import layouts
 
@@ -226,6 +226,23 @@ def test_a_used_folder_is_refused(settings, tmp_path):
         run_finetuning(build_config({**settings, "seed": 1}), tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match="steps is 2, but 4 updates are done already"):
         run_finetuning(build_config({**settings, "steps": 2}), tmp_path / "run", resume=True)
+
+
+def test_a_smaller_batch_goes_on_where_memory_ran_out(settings, tmp_path):
+    run_finetuning(build_config(settings), tmp_path / "run", watcher=Recorder(at=1))
+    summary = run_finetuning(build_config({**settings, "batch": settings["batch"] // 2}), tmp_path / "run", resume=True)
+    assert summary.step == settings["steps"]
+
+
+def test_a_setting_that_the_run_s_version_did_not_know_counts_as_its_default(settings, tmp_path):
+    run_finetuning(build_config(settings), tmp_path / "run", watcher=Recorder(at=1))
+    [path] = list_checkpoints(tmp_path / "run")
+    saved = read_checkpoint(path)
+    del saved.metadata["config"]["mosaic"]
+    write_checkpoint(path, saved.tensors, saved.metadata)
+    with pytest.raises(ConfigError, match=r"cannot resume with other settings; the run has mosaic=0\.0"):
+        run_finetuning(build_config({**settings, "mosaic": 0.5}), tmp_path / "run", resume=True)
+    assert run_finetuning(build_config(settings), tmp_path / "run", resume=True).step == settings["steps"]
 
 
 def test_changed_images_are_noticed(settings, folders, tmp_path):
