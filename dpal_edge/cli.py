@@ -17,6 +17,7 @@ import click
 
 from dpal_edge import __version__
 from dpal_edge.errors import BackendUnavailable, ConfigError, DpalEdgeError
+from dpal_edge.export.targets import TARGETS
 
 
 class _Group(click.Group):
@@ -174,22 +175,44 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", "targets", multiple=True, required=True, type=click.Choice(["onnx"]), help="What to write.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    required=True,
+    type=click.Choice(list(TARGETS)),
+    metavar="NAME",
+    help=f"What to write, of {', '.join(TARGETS)}; may be given several times.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option(
     "--calibration", multiple=True, metavar="DIR", help="Real crops to verify on; default: the training data."
 )
 @click.option("--size", nargs=2, type=int, metavar="H W", help="Input size in pixels; default: the checkpoint's.")
 @click.option("--weights", type=click.Choice(["best", "backbone", "ema"]), default="best", show_default=True)
-@click.option("--tolerance", type=float, default=1e-4, show_default=True, help="Greatest error, of the largest output.")
+@click.option(
+    "--tolerance", type=float, default=1e-4, show_default=True, help="Of float32: error of the largest output."
+)
+@click.option(
+    "--gate",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Labelled data that less precise artifacts must hold on; without, they must agree on crops.",
+)
+@click.option("--gate-images", type=click.IntRange(min=1), metavar="N", help="Of each split; by default all.")
+@click.option(
+    "--max-drop", type=float, default=0.5, show_default=True, metavar="POINTS", help="What a metric may lose."
+)
 @_json_option
 def export(checkpoint: Path, targets: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -> None:
-    """Export the student in CHECKPOINT (a file or a run folder) as a verified bundle; exit 2 if it is not exact."""
+    """Export the student in CHECKPOINT (a file or a run folder) as a verified bundle; exit 2 if a target fails."""
     bundle = _load("dpal_edge.export.bundle", "export")
-    manifest = bundle.export(checkpoint, out, bundle.ExportSettings(**settings))
+    manifest = bundle.export(checkpoint, out, bundle.ExportSettings(targets=targets, **settings))
     click.echo(bundle.describe(manifest, out), err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(manifest), indent=2))
+    if manifest.refused:
+        sys.exit(2)
 
 
 @main.command()
@@ -226,6 +249,19 @@ def inspect(path: Path, as_json: bool) -> None:
 
     description = inspection.describe(path)
     click.echo(json.dumps(description, indent=2) if as_json else inspection.as_text(description))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_option
+def verify(path: Path, as_json: bool) -> None:
+    """Check PATH: a bundle's hashes, goldens and quantization, or an ONNX file's quantization; exit 2 if it fails."""
+    from dpal_edge import verification  # only this command pays for it
+
+    result = verification.verify(path)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.as_text())
+    if result.failed:
+        sys.exit(2)
 
 
 @main.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpal_edge.errors import BackendUnavailable, DataError, ModelFileError
 from dpal_edge.files import sha256_of
-from dpal_edge.manifest import HeadSpec, Manifest, manifest_path
+from dpal_edge.manifest import HeadSpec, Manifest, Verdict, manifest_path
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".tar", ".bin")
 _CHECKPOINTS = "checkpoints"
@@ -80,6 +80,9 @@ def _bundle(path: Path) -> dict[str, Any]:
             "largest error": f"{artifact.parity.max_rel_error:.1e} of the largest output"
             f"{artifact.parity.head and f' ({artifact.parity.head})'}, on {artifact.parity.images} "
             f"images with {artifact.parity.backend}",
+            **({"kept in float": list(artifact.kept)} if artifact.kept else {}),
+            **({"gate": [_judged(verdict) for verdict in artifact.verdicts]} if artifact.verdicts else {}),
+            **{f"batch {one.batch}": f"{one.median_ms:.1f} ms where it was made" for one in artifact.latency},
         }
         for artifact in manifest.artifacts
     }
@@ -93,6 +96,10 @@ def _bundle(path: Path) -> dict[str, Any]:
         "stripped": manifest.stripped.removed,
         "provenance": manifest.provenance,
     }
+
+
+def _judged(verdict: Verdict) -> str:
+    return f"{verdict.head}: {verdict.measure} {verdict.found:.4f} (float32 {verdict.reference:.4f})"
 
 
 def _head(head: HeadSpec) -> str:

@@ -72,14 +72,47 @@ class Parity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the gate says of one head of a less precise artifact."""
+
+    head: str  # or task, where it was scored on labels
+    measure: str  # a metric, or how far it agrees with float32
+    reference: float  # of float32, 0..1
+    found: float
+    least: float  # that passes
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """How long one call took where the bundle was made."""
+
+    batch: int  # images
+    median_ms: float  # of a call
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """One runnable form of the model."""
 
     target: str  # an export target, for example "onnx"
-    precision: str  # for example "float32"
+    precision: str  # float32, float16 or int8: of most of its layers
     file: FileSpec
     parity: Parity
     data: tuple[FileSpec, ...] = ()  # files that ``file`` reads its weights from, where it does not hold them
+    verdicts: tuple[Verdict, ...] = ()  # of the gate; none for float32, which must be exact
+    kept: tuple[str, ...] = ()  # linear layers that stay in a higher precision than the artifact's
+    latency: tuple[Latency, ...] = ()  # none where nothing here can run it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A target that was asked for and is not shipped."""
+
+    target: str
+    reason: str
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +135,7 @@ class Manifest:
     golden: FileSpec  # npz: "images" (n, H, W, 3) uint8, and per head its float32 torch output
     stripped: Stripped
     provenance: dict[str, Any]
+    refused: tuple[Refusal, ...] = ()
     schema: int = SCHEMA
 
     def write(self, bundle: Path) -> Path:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ConfigError, ModelFileError
-from dpal_edge.manifest import Artifact, Manifest, manifest_path
-from dpal_edge.runtime.backend import ENGINES, open_backend
-from dpal_edge.runtime.model import Model
+from dpal_edge.manifest import Manifest, manifest_path
+from dpal_edge.runtime.backend import open_backend
+from dpal_edge.runtime.model import Model, choose_artifact
 from dpal_edge.runtime.person import check_heads
 from dpal_edge.tasks.image import Pixels
 
@@ -108,7 +108,7 @@ class BundlePredictor:
                 f"{bundle}: a bundle has the weights and the precision it was exported with; leave both out"
             )
         manifest = Manifest.read(bundle)
-        artifact = _choose(bundle, manifest, choice)
+        artifact = choose_artifact(bundle, manifest, engine=choice.engine, target=choice.target)
         device = "cpu" if choice.device == "auto" else choice.device
         backend = open_backend(manifest.open_artifact(bundle, artifact), engine=choice.engine, device=device)
         description = {
@@ -139,15 +139,3 @@ def check_finite(raw: Raw, model: str, task: str) -> Raw:
     if not np.isfinite(raw).all():
         raise ModelFileError(f"{model}: its {task} head gives values that are not finite; are its weights damaged?")
     return raw
-
-
-def _choose(bundle: Path, manifest: Manifest, choice: Choice) -> Artifact:
-    """Return the first artifact of the chosen target that the chosen engine, or any, reads."""
-    for artifact in manifest.artifacts:
-        engines = ENGINES.get(Path(artifact.file.file).suffix, ())
-        if choice.target in (None, artifact.target) and (choice.engine in engines if choice.engine else engines):
-            return artifact
-    held = ", ".join(artifact.target for artifact in manifest.artifacts) or "nothing"
-    wanted = f"{choice.target or 'any target'} with {choice.engine or 'any engine'}"
-    known = sorted({name for names in ENGINES.values() for name in names})
-    raise BackendUnavailable(f"{bundle}: cannot run {wanted}; it holds {held}, engines are {', '.join(known)}")

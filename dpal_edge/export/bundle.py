@@ -1,14 +1,14 @@
 """Export: from a checkpoint to a bundle that has proven what it is.
 
-The graph is written, run by the engine that will serve it, compared with torch on real images, and shipped only if it
-agrees. Everything happens in a folder beside the bundle that replaces it at the end.
+The float32 graph is written, run, compared with torch on real images, and must agree; every other artifact is made of
+it and must pass the gate. Everything happens in a folder beside the bundle that replaces it at the end.
 """
 
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +16,121 @@ import numpy as np
 import torch
 
 from dpal_edge import __version__
-from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.errors import ConfigError, DataError, ParityError
+from dpal_edge.evaluate.predictor import BundlePredictor
+from dpal_edge.export.artifacts import Workshop
 from dpal_edge.export.crops import Crops, read_inputs
+from dpal_edge.export.gate import Labelled
 from dpal_edge.export.onnx import INPUT_NAME, ExportedModel, write_onnx
 from dpal_edge.export.proof import Outputs, check_parity, prove_stripped, torch_outputs
+from dpal_edge.export.report import REPORTS, write_report
 from dpal_edge.export.source import DETECTION, Source, head_specs, open_source
+from dpal_edge.export.targets import TARGETS
 from dpal_edge.files import sha256_of
-from dpal_edge.manifest import MANIFEST_NAME, Artifact, FileSpec, InputSpec, Manifest, Stripped
+from dpal_edge.manifest import MANIFEST_NAME, Artifact, FileSpec, InputSpec, Manifest, Stripped, Verdict
+from dpal_edge.runtime.backend import open_backend
+from dpal_edge.runtime.model import Model
 
 GOLDEN_IMAGES = 8  # inputs that travel in the bundle with their expected outputs
+_COMPARED = 5  # one image in so many is compared on, the others calibrate
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     """What may be chosen about an export."""
 
+    targets: tuple[str, ...] = ("onnx",)  # of targets.TARGETS
     calibration: tuple[str, ...] = ()  # folders of real crops; empty takes those that the checkpoint was trained on
     size: tuple[int, int] | None = None  # height, width of the input; None is the checkpoint's
     weights: str = "best"  # backbone, ema, or the better on held-out images
     images: int = 32  # crops compared
-    tolerance: float = 1e-4  # on the largest error over the largest output
+    calibration_images: int = 128  # others, that INT8 takes its ranges from
+    tolerance: float = 1e-4  # of float32, on the largest error over the largest output
+    gate: tuple[str, ...] = ()  # NAME=DIR of data sets that less precise artifacts are scored on; none: agreement
+    gate_images: int | None = None  # of each of their splits; None is all
+    max_drop: float = 0.5  # points of a hundred that a task's metric may lose
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.targets if name not in TARGETS]:
+            raise ConfigError(f"target {', '.join(unknown)}: expected {', '.join(TARGETS)}")
+        if not self.targets or self.max_drop < 0:
+            raise ConfigError(f"max_drop {self.max_drop}, {len(self.targets)} targets: expected 0 or more, and one")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a target needs calibration."""
+        return any(TARGETS[name].precision == "int8" for name in self.targets)
 
 
 def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
-    """Export the model in ``checkpoint`` (a file or a run folder) as an ONNX bundle in the folder ``out``.
+    """Export the model in ``checkpoint`` (a file or a run folder) as a bundle in the folder ``out``.
+
+    Targets that do not pass the gate are left out and named in the manifest's ``refused``.
 
     Raises:
         ConfigError: ``out`` holds something that is not a bundle, or the size does not fit the patches or a head.
-        DataError: no real images to compare on.
+        DataError: no real images to compare on, or none fit to calibrate on.
         ModelFileError: the checkpoint cannot be read, or training parts are left in the graph.
-        ParityError: the written file differs from torch by more than the tolerance; ``out`` stays as it was.
+        BackendUnavailable: a package that a target needs is not installed.
+        ParityError: the float32 graph differs from torch by more than the tolerance, or no target passes the gate;
+            ``out`` stays as it was.
     """
     if out.is_symlink() or (out.exists() and not _may_replace(out)):
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out, it would be replaced")
     source = open_source(checkpoint, settings.weights, settings.size)
-    crops, reference = compute_reference(source, settings)
+    images, crops, reference = _read_images(source, settings)
     with draft_beside(out) as folder:
         draft = folder / "bundle"
         draft.mkdir()
-        file = draft / "model.onnx"
+        file = draft / TARGETS["onnx"].file
         model = ExportedModel(source.model, source.mean, source.std)
         write_onnx(model, file, size=model.size, outputs=model.outputs)
         stripped = prove_stripped(file, model, source.parameters)
         parity = check_parity(file, crops, reference, settings.tolerance)
-        artifact = Artifact(target="onnx", precision="float32", file=FileSpec.of(file), parity=parity)
         golden = write_golden(draft / "golden.npz", crops, reference, GOLDEN_IMAGES)
-        manifest = make_manifest(source, reference, artifact, golden, stripped)
+        manifest = make_manifest(source, reference, (), golden, stripped)
+        workshop = Workshop(draft, manifest, images, crops, reference, parity, _labelled(file, manifest, settings))
+        artifacts, refused = workshop.make(settings.targets)
+        manifest = replace(manifest, artifacts=artifacts, refused=refused)
+        if not artifacts:
+            reasons = " | ".join(f"{refusal.target}: {refusal.reason}" for refusal in refused)
+            raise ParityError(f"no target passes the gate, nothing was written ({reasons})")
+        write_report(draft, manifest, workshop)
+        _remove_unnamed(draft, manifest)
         manifest.write(draft)
         _replace(draft, out)
     return manifest
+
+
+def _read_images(source: Source, settings: ExportSettings) -> tuple[Crops, Crops, Outputs]:
+    """Read the images to calibrate on, others to compare on, and what torch makes of the latter."""
+    if not settings.quantized:
+        crops, reference = compute_reference(source, settings)
+        return crops, crops, reference
+    size = source.model.backbone.config.size
+    frames = DETECTION in source.model.configs
+    count = settings.images + settings.calibration_images
+    read = read_inputs(settings.calibration, source.metadata, size, count, frames=frames)
+    compared = read[::_COMPARED][: settings.images]
+    rest = np.delete(read, np.arange(0, len(read), _COMPARED)[: settings.images], axis=0)
+    return rest, compared, torch_outputs(source.model, compared, source.mean, source.std)
+
+
+def _labelled(file: Path, manifest: Manifest, settings: ExportSettings) -> Labelled | None:
+    """Score float32 on the data sets of the gate, by the graph that was just proven to be torch's equal."""
+    if not settings.gate:
+        return None
+    predictor = BundlePredictor(Model(open_backend(file), manifest), {"model": file.name})
+    return Labelled.measure(settings.gate, predictor, settings.max_drop, settings.gate_images)
+
+
+def _remove_unnamed(draft: Path, manifest: Manifest) -> None:
+    """Remove what artifacts were made of and is none itself."""
+    specs = [spec for artifact in manifest.artifacts for spec in (artifact.file, *artifact.data)]
+    named = {manifest.golden.file, *(spec.file for spec in specs), *REPORTS}
+    for path in draft.iterdir():
+        if path.name not in named:
+            path.unlink()
 
 
 def compute_reference(source: Source, settings: ExportSettings) -> tuple[Crops, Outputs]:
@@ -87,7 +153,7 @@ def write_golden(path: Path, crops: Crops, reference: Outputs, count: int) -> Fi
 
 
 def make_manifest(
-    source: Source, reference: Outputs, artifact: Artifact, golden: FileSpec, stripped: Stripped
+    source: Source, reference: Outputs, artifacts: tuple[Artifact, ...], golden: FileSpec, stripped: Stripped
 ) -> Manifest:
     """Write down what a device needs to know of an exported model, and where it comes from."""
     size = source.model.backbone.config.size
@@ -95,7 +161,7 @@ def make_manifest(
         model=source.name,
         input=InputSpec(name=INPUT_NAME, size=size, mean=source.mean, std=source.std),
         heads=head_specs(source.model, reference),
-        artifacts=(artifact,),
+        artifacts=artifacts,
         golden=golden,
         stripped=stripped,
         provenance={
@@ -114,22 +180,41 @@ def make_manifest(
 
 
 def describe(manifest: Manifest, out: Path) -> str:
-    """Say in a few lines what was written and what was proven about it."""
-    [artifact] = manifest.artifacts
-    parity, stripped = artifact.parity, manifest.stripped
+    """Say in a few lines what was written, what was proven about it, and what was refused."""
+    stripped = manifest.stripped
     counts = {part: f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count}" for part, count in stripped.removed.items()}
     removed = " and ".join(f"{part} {count}" for part, count in counts.items()) or "nothing"
     detects = any(head.task == DETECTION for head in manifest.heads)
     use = f"dpal-edge run BUNDLE --detector {out}" if detects else f"dpal-edge run {out}"
-    return (
+    images = "frames" if detects else "crops"
+    lines = [
         f"stripped  {removed}: {stripped.parameters_before / 1e6:.2f} M parameters became "
-        f"{stripped.parameters_after / 1e6:.2f} M\n"
-        f"verified  largest error {parity.max_rel_error:.1e} of the largest output ({parity.head}) on {parity.images} "
-        f"real {'frames' if detects else 'crops'} ({parity.backend}, tolerance {parity.tolerance:.0e})\n"
-        f"wrote     {out} ({artifact.file.bytes / 1e6:.1f} MB {artifact.target}, {artifact.precision}, "
-        f"input uint8 {manifest.input.size[0]}x{manifest.input.size[1]}, "
-        f"outputs {', '.join(head.name for head in manifest.heads)})\n"
-        f"next: {use} --source VIDEO --out annotated.mp4"
+        f"{stripped.parameters_after / 1e6:.2f} M"
+    ]
+    for artifact in manifest.artifacts:
+        parity = artifact.parity
+        against = f", tolerance {parity.tolerance:.0e}" if artifact.precision == "float32" else ""
+        lines.append(
+            f"verified  {artifact.target}: largest error {parity.max_rel_error:.1e} of the largest output "
+            f"({parity.head}) on {parity.images} real {images} ({parity.backend}{against})"
+        )
+        lines += [f"          {_verdict(verdict)}" for verdict in artifact.verdicts]
+    for refusal in manifest.refused:
+        lines.append(f"REFUSED   {refusal.target}: {refusal.reason}")
+    lines.append(f"wrote     {out} (input uint8 {manifest.input.size[0]}x{manifest.input.size[1]}, outputs "
+                 f"{', '.join(head.name for head in manifest.heads)}):")  # fmt: skip
+    for artifact in manifest.artifacts:
+        size = sum(spec.bytes for spec in (artifact.file, *artifact.data)) / 1e6
+        speed = ", ".join(f"{one.median_ms:.1f} ms for {one.batch}" for one in artifact.latency) or "does not run here"
+        kept = f", {len(artifact.kept)} layers kept in float" if artifact.kept else ""
+        lines.append(f"          {artifact.target:<14}{size:5.1f} MB  {artifact.precision}{kept}; {speed}")
+    return "\n".join([*lines, f"next: {use} --source VIDEO --out annotated.mp4"])
+
+
+def _verdict(verdict: Verdict) -> str:
+    return (
+        f"{verdict.head}: {verdict.measure} {verdict.found:.4f} (float32 {verdict.reference:.4f}, at least "
+        f"{verdict.least:.4f})"
     )
 
 

@@ -85,7 +85,7 @@ def link(checkpoint: Path, settings: ExportSettings) -> Manifest:
             target="onnx", precision="float32", file=FileSpec.of(graph), parity=parity, data=(FileSpec.of(path),)
         )
         golden = write_golden(draft / f"{path.stem}.npz", crops, reference, GOLDEN_IMAGES)
-        manifest = make_manifest(source, reference, artifact, golden, _strip(source))
+        manifest = make_manifest(source, reference, (artifact,), golden, _strip(source))
         written = manifest.write(draft / f"{path.stem}.json")
         for file in (graph, draft / golden.file, written):  # the manifest last: until then no bundle is there
             file.replace(path.with_name(file.name))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from dpal_edge.export.folding import FoldedPatches, fold_norms
+from dpal_edge.export.linears import Graph
 from dpal_edge.export.source import head_outputs, output_names
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.swin import STEM, SwinTransformer, WindowAttention
@@ -129,17 +131,34 @@ def write_onnx(
         optimize=optimize,
         verbose=False,
     )
-    _remove_notes(path)
+    written = onnx.load(path)
+    _remove_notes(written)
+    _name_layers(written, model)
+    path.write_bytes(written.SerializeToString(deterministic=True))
 
 
-def _remove_notes(path: Path) -> None:
+def _remove_notes(written: onnx.ModelProto) -> None:
     """Remove the exporter's notes, a stack trace for each node, and the shapes in between, which engines infer."""
-    model = onnx.load(path)
-    graph = model.graph
-    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+    graph = written.graph
+    for part in (written, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("metadata_props")
     graph.ClearField("value_info")
-    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _name_layers(written: onnx.ModelProto, model: nn.Module) -> None:
+    """Call each layer what the module calls it, so that reports and compilers speak of ``blocks.3.mlp.fc1``."""
+    names: dict[bytes, str] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        for array in (value, value.T) if value.ndim == 2 else (value,):
+            names.setdefault(array.tobytes(), name.removesuffix(".weight").replace(".vit.", "."))
+    used: Counter[str] = Counter()
+    graph = Graph(written)
+    for layer in graph.linears():
+        content = numpy_helper.to_array(graph.constants[layer.weight.source]).tobytes()
+        if (found := names.get(content)) is not None:
+            layer.node.name = f"{found}.{used[found]}" if used[found] else found  # some serve several levels
+            used[found] += 1
 
 
 def count_parameters(path: Path) -> dict[str, int]:

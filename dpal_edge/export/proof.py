@@ -63,7 +63,19 @@ def check_parity(file: Path, crops: Crops, reference: Outputs, tolerance: float)
     Raises:
         ParityError: the largest error of a head over its largest reference value is above ``tolerance``.
     """
-    backend = open_backend(file)
+    parity, _ = measure_parity(open_backend(file), crops, reference, tolerance)
+    if not parity.max_rel_error <= tolerance:  # also when it is not a number
+        raise ParityError(
+            f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output of {parity.head!r} "
+            f"on {len(crops)} crops, tolerance {tolerance:.0e} ({parity.backend}); nothing was written"
+        )
+    return parity
+
+
+def measure_parity(
+    backend: Backend, crops: Crops, reference: Outputs, tolerance: float
+) -> tuple[Parity, Mapping[str, NDArray[np.float32]]]:
+    """Run a model on ``crops``, singly and in batches; return how far it is from ``reference``, and its outputs."""
     batches = _run(backend, crops, _BATCH)
     single = _run(backend, crops[:4], 1)
     errors = {
@@ -81,12 +93,7 @@ def check_parity(file: Path, crops: Crops, reference: Outputs, tolerance: float)
         tolerance=tolerance,
         head=worst,
     )
-    if not parity.max_rel_error <= tolerance:  # also when it is not a number
-        raise ParityError(
-            f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output of {worst!r} "
-            f"on {len(crops)} crops, tolerance {tolerance:.0e} ({backend.name}); nothing was written"
-        )
-    return parity
+    return parity, batches
 
 
 def _run(backend: Backend, crops: Crops, batch: int) -> Mapping[str, NDArray[np.float32]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dpal_edge.models.head_config import HeadConfig, Place
 
 _PRIOR = 0.01  # score of every location before training, so that the many empty ones do not drown the others at first
-_FIRST_BOX = (1.5, 3.0)  # half width and half height before training, in strides: tall, as people are
+FIRST_BOX = (1.5, 3.0)  # half width and half height before training, in strides: tall, as people are
 _LARGEST = 5.0  # limit of the exponent: a side ends at most e^5 first boxes away, however wild the weights
 
 
@@ -41,7 +41,7 @@ class PyramidHead(nn.Module):
             )
         )
         self.score = Tower(channels, [math.log(_PRIOR / (1 - _PRIOR))], len(self.levels))
-        self.box = Tower(channels, [math.log(side) for side in _FIRST_BOX * 2], len(self.levels))
+        self.box = Tower(channels, [math.log(side) for side in FIRST_BOX * 2], len(self.levels))
         patch = place.size[0] / rows
         sizes = ((2 * rows, 2 * columns), (rows, columns), (-(-rows // 2), -(-columns // 2)))
         centres, strides = locations(sizes, (patch / 2, patch, 2 * patch))

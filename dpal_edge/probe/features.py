@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ConfigError, ModelFileError
 from dpal_edge.manifest import MANIFEST_NAME, HeadSpec, Manifest
-from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
+from dpal_edge.runtime.backend import Backend, open_backend
+from dpal_edge.runtime.model import choose_artifact
 from dpal_edge.tasks.image import Pixels, read_crop
 from dpal_edge.tasks.sample import Sample
 
@@ -134,10 +135,7 @@ class BundleFeatures:
         head = next((head for head in manifest.heads if head.task == _TASK), None)
         if head is None:
             raise ModelFileError(f"{bundle}: has no {_TASK} head, only {', '.join(h.task for h in manifest.heads)}")
-        artifact = next((a for a in manifest.artifacts if Path(a.file.file).suffix in ENGINES), None)
-        if artifact is None:
-            targets = ", ".join(a.target for a in manifest.artifacts)
-            raise BackendUnavailable(f"{bundle}: no engine for its artifacts ({targets}); known: {', '.join(ENGINES)}")
+        artifact = choose_artifact(bundle, manifest)
         backend = open_backend(manifest.open_artifact(bundle, artifact), device="cpu" if device == "auto" else device)
         description = {
             "model": str(bundle),

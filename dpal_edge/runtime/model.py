@@ -10,6 +10,7 @@ from dpal_edge.manifest import Artifact, HeadSpec, Manifest
 from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
 
 _MAX_BATCH = 32  # images per pass: bounds the memory a crowd can take
+_COMPILED = "trt"  # how targets begin that are compiled before they run
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
 
@@ -46,7 +47,7 @@ class Model:
             BackendUnavailable: no engine here runs any of its artifacts.
         """
         manifest = Manifest.read(bundle)
-        path = manifest.open_artifact(bundle, _choose(bundle, manifest, engine))
+        path = manifest.open_artifact(bundle, choose_artifact(bundle, manifest, engine=engine))
         return cls(open_backend(path, engine=engine, device=device, threads=threads), manifest)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
@@ -91,16 +92,30 @@ def check_images(array: NDArray[np.uint8], name: str, shape: tuple[int | str, ..
         raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
 
 
-def _choose(bundle: Path, manifest: Manifest, engine: str | None) -> Artifact:
+def choose_artifact(
+    bundle: Path, manifest: Manifest, *, engine: str | None = None, target: str | None = None
+) -> Artifact:
+    """Return the first artifact that an engine here reads.
+
+    Args:
+        bundle: where the manifest is from, for the message.
+        manifest: of the bundle.
+        engine: that must read it; None is any.
+        target: that it must be; None is any but those that TensorRT compiles first (trt and trt-rtx).
+
+    Raises:
+        BackendUnavailable: there is none.
+    """
     for artifact in manifest.artifacts:
         readers = ENGINES.get(Path(artifact.file.file).suffix, ())
-        if readers and engine in (None, *readers):
+        wanted = artifact.target == target if target else not artifact.target.startswith(_COMPILED)
+        if wanted and readers and engine in (None, *readers):
             return artifact
-    targets = ", ".join(artifact.target for artifact in manifest.artifacts) or "nothing"
+    held = ", ".join(artifact.target for artifact in manifest.artifacts) or "nothing"
     known = sorted({name for readers in ENGINES.values() for name in readers})
     raise BackendUnavailable(
-        f"{bundle}: holds {targets}, which {f'{engine} cannot' if engine else 'no engine here can'} run; "
-        f"engines here: {', '.join(known)}"
+        f"{bundle}: cannot run {target or 'any target'} with {engine or 'any engine here'}; it holds {held}, engines "
+        f"are {', '.join(known)}"
     )
 
 

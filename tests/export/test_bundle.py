@@ -46,7 +46,7 @@ def content(folder):
 
 def test_bundle_verifies(exported, checkpoint):
     out, written = exported
-    assert sorted(content(out)) == ["golden.npz", "manifest.json", "model.onnx"]
+    assert sorted(content(out)) == ["golden.npz", "manifest.json", "model.onnx", "report.html", "report.json"]
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]  # no draft is left beside it
     manifest = Manifest.read(out)
     assert manifest.model == "vit_tiny"
@@ -252,7 +252,7 @@ def test_command(checkpoint, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads((out / "manifest.json").read_text())
     assert "stripped  decoder 720 and mask 8 and teacher 1000: 0.03 M parameters became 0.03 M" in result.stderr
-    assert "verified  largest error" in result.stderr
+    assert "verified  onnx: largest error" in result.stderr
 
     failed = CliRunner().invoke(main, [*arguments, "--tolerance", "1e-12"])
     assert failed.exit_code == 2

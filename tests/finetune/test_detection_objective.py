@@ -9,6 +9,7 @@ from dpal_edge.finetune.crowds import lay, read_cutout
 from dpal_edge.finetune.data import stack
 from dpal_edge.finetune.frames import Frame
 from dpal_edge.finetune.objectives.detection import DetectionObjective, assign, pairwise_iou
+from dpal_edge.models.detection import locations
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.students import build_student
@@ -137,30 +138,62 @@ def test_nobody_is_background_alone(objective):
 def test_assignment_by_hand():
     head = Raw([0.0] * 4)
     people = torch.tensor([[[0.0, 0, 16, 8], [18, 3, 22, 5]]])  # two cells wide; smaller than a cell
-    person, quality = assign(
-        head.raw[..., :4], head.raw[..., 4], head.centres, head.strides, people, torch.ones(1, 2, dtype=torch.bool)
-    )
+    person, quality = assign(head.raw[..., :4], head.centres, head.strides, people, torch.ones(1, 2, dtype=torch.bool))
     assert person[0, :3].tolist() == [0, 0, 1]
     torch.testing.assert_close(quality[0], torch.tensor([0.5, 0.5, 0.125, 0.0]))  # IoU of each; nobody in the last
 
 
-def test_better_aligned_locations_have_more_to_reach():
-    head = Raw([0.0, 2.0, 0.0, 0.0])
-    people = torch.tensor([[[0.0, 0, 16, 8]]])
-    _, quality = assign(
-        head.raw[..., :4], head.raw[..., 4], head.centres, head.strides, people, torch.ones(1, 1, dtype=torch.bool)
-    )
-    ratio = (0.5 / torch.sigmoid(torch.tensor(2.0))) ** 0.5  # same overlap, so the root of the scores decides
-    torch.testing.assert_close(quality[0, :2], torch.tensor([0.5 * ratio, 0.5]))
+def test_assignment_equals_another_implementation():
+    """On three levels, with people of all sizes who stand in each other's way, and rows that are no people."""
+    sizes, strides = ((8, 12), (4, 6), (2, 3)), (8.0, 16.0, 32.0)
+    centres, widths = locations(sizes, strides)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        corner = torch.rand(1, 6, 2, generator=generator) * torch.tensor([80.0, 50.0])
+        extent = 3 + torch.rand(1, 6, 2, generator=generator) ** 2 * torch.tensor([40.0, 60.0])
+        people = torch.cat([corner, corner + extent], 2)
+        real = torch.tensor([[True] * 5 + [False]])
+        boxes = torch.cat([centres - widths, centres + 2 * widths], 1)[None]
+        person, quality = assign(boxes, centres, widths, people, real)
+        expected = assign_slowly(centres.numpy(), widths[:, 0].numpy(), people[0, :5].numpy())
+        answered = quality[0] > 0
+        assert {i: int(person[0, i]) for i in answered.nonzero()[:, 0].tolist()} == {
+            i: one for i, one in expected.items() if pairwise_iou(people, boxes)[0, one, i] > 0
+        }
+        for i, one in expected.items():
+            assert quality[0, i] == pytest.approx(float(pairwise_iou(people, boxes)[0, one, i]))
+
+
+def assign_slowly(centres, strides, people):
+    """Return by location the person it answers for."""
+    best = {}
+    for number, box in enumerate(people):
+        middle, candidates = (box[:2] + box[2:]) / 2, []
+        for stride in sorted(set(strides.tolist())):
+            level = [i for i in range(len(strides)) if strides[i] == stride]
+            candidates += sorted(level, key=lambda i: np.linalg.norm(centres[i] - middle))[:9]
+        overlaps = {}
+        for i in candidates:
+            reach = strides[i] * np.array([1.5, 3.0])
+            first = np.concatenate([centres[i] - reach, centres[i] + reach])
+            sides = np.minimum(first[2:], box[2:]) - np.maximum(first[:2], box[:2])
+            shared = np.prod(np.maximum(sides, 0))
+            overlaps[i] = shared / (np.prod(2 * reach) + np.prod(box[2:] - box[:2]) - shared)
+        values = np.array(list(overlaps.values()))
+        enough = min(values.mean() + values.std(), values.max())
+        for i, overlap in overlaps.items():
+            inside = np.all(np.abs(centres[i] - middle) <= np.maximum((box[2:] - box[:2]) / 2, strides[i] / 2))
+            if inside and overlap >= enough - 1e-7 and overlap > best.get(i, (0, 0))[0]:
+                best[i] = (overlap, number)
+    return {i: number for i, (_, number) in best.items()}
 
 
 def test_a_shared_location_goes_to_whom_it_overlaps_most():
     head = Raw([0.0] * 4)
-    people = torch.tensor([[[0.0, 0, 32, 8], [0.0, 0, 8, 8]]])
-    person, _ = assign(
-        head.raw[..., :4], head.raw[..., 4], head.centres, head.strides, people, torch.ones(1, 2, dtype=torch.bool)
-    )
-    assert person[0].tolist() == [1, 0, 0, 0]
+    people = torch.tensor([[[0.0, 0, 8, 8], [0.0, 0, 8, 9]]])
+    person, quality = assign(head.raw[..., :4], head.centres, head.strides, people, torch.ones(1, 2, dtype=torch.bool))
+    assert person[0, 0] == 1
+    assert (quality[0] > 0).tolist() == [True, False, False, False]
 
 
 def test_pairwise_iou_by_hand():

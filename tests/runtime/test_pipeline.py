@@ -121,7 +121,8 @@ def test_a_folder_that_is_no_bundle(tmp_path):
 def test_no_engine_for_any_artifact(tmp_path):
     bundle = write_bundle(tmp_path / "other", target="model.plan")
     with pytest.raises(
-        BackendUnavailable, match="holds onnx, which no engine here can run; engines here: onnxruntime, openvino"
+        BackendUnavailable,
+        match="cannot run any target with any engine here; it holds onnx, engines are onnxruntime",
     ):
         Pipeline.open(bundle, detector=ColourDetector())
 

@@ -160,7 +160,7 @@ def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     ("arguments", "text"),
     [
         (["--source", "absent.mp4"], "absent.mp4: no such file, expected a video"),
-        (["--engine", "tensorrt"], "holds onnx, which tensorrt cannot run; engines here: onnxruntime"),
+        (["--engine", "tensorrt"], "cannot run any target with tensorrt; it holds onnx, engines are onnxruntime"),
         (["--detector", "hog", "--min-height", "0"], "min_height is 0, expected 32 or more pixels"),
         (["--min-height", "64"], "--min-height is a choice of --detector hog"),
         (["--detector", "absent"], "absent: no manifest.json, so not a bundle"),

@@ -17,6 +17,7 @@ from dpal_edge.finetune.augment import Augmentation, change_colours
 from dpal_edge.finetune.crowds import Crowds
 from dpal_edge.finetune.frames import IGNORED, PERSON, SCALES, Frame, covering_view, draw_view
 from dpal_edge.finetune.objective import Example, Values, epoch_order
+from dpal_edge.models.detection import FIRST_BOX
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.tasks.detection import People
 from dpal_edge.tasks.image import open_image
@@ -30,8 +31,7 @@ _PARTS = (2, 3, 4)  # rows, and columns, of a mosaic: people become as small as 
 _UNEVEN = 0.3  # how far a line between parts lies from even ones, in distances of these
 _FILLED = 0.5  # share of the parts that a frame fills: an edge towards grey must not tell where people are
 _JOINED_SCALES = (0.7, 2.0)  # of the other parts, as draw_view has them
-_TOP = 13  # locations that may answer for one person
-_SCORE_POWER, _OVERLAP_POWER = 0.5, 6.0  # of the alignment of a location with a person
+_NEAREST = 9  # locations of each level that may answer for one person
 _EASY = 0.75  # weight of an empty location, times its squared score
 _BOX_WEIGHT = 2.0
 _COLOURS = Augmentation(colour=0.2, grey=0.05, low_resolution=0.15)
@@ -40,12 +40,14 @@ _COLOURS = Augmentation(colour=0.2, grey=0.05, low_resolution=0.15)
 class DetectionObjective(nn.Module):
     """Whole frames, real and synthetic: varifocal loss of the logit, generalised IoU of the box.
 
-    The locations that answer for a person are the 13 within the box whose score and overlap agree best, so a box that
-    fits gets a score to match. Boxes to ignore hold nobody and are no background either.
+    The locations that answer for a person are those near the middle whose first box overlaps the person as well as
+    others do not (``assign``); each is to score what its box reaches. Boxes to ignore hold nobody and are no background
+    either.
 
-    Source: task-aligned assignment, TOOD (Feng et al., 2021); varifocal loss, Zhang et al., 2021. Differs: powers 0.5
-    and 6 as later detectors use them; people narrower than a cell are as wide as the cell when locations are chosen;
-    weights pass from people to background with the quality, else those that hardly fit would be free to score high.
+    Source: adaptive training sample selection (Zhang et al., 2020) with the varifocal loss (Zhang et al., 2021).
+    Differs: weights pass from people to background with the quality, else those that hardly fit would be free to score
+    high. A choice by what the network says of itself (TOOD, Feng et al., 2021) asks of it to prefer one of many places
+    inside a person, which short trainings do not teach: scores stayed at 0.3.
     """
 
     task = "detection"
@@ -148,7 +150,7 @@ class DetectionObjective(nn.Module):
         count = max(int((kind != 0).sum(1).max()), 1)
         people, kind = batch["boxes"][:, :count], kind[:, :count]
         boxes, logits, centres = raw[..., :4], raw[..., 4], head.get_buffer("centres")
-        person, quality = assign(boxes, logits, centres, head.get_buffer("strides"), people, kind == PERSON)
+        person, quality = assign(boxes, centres, head.get_buffer("strides"), people, kind == PERSON)
         empty = 1 - quality  # as far as a location answers for nobody, it is background, unless nobody knows
         empty = empty.masked_fill(_inside(centres, people, kind == IGNORED).any(1), 0)
         weight = quality + _EASY * empty * logits.detach().sigmoid().square()
@@ -162,35 +164,42 @@ class DetectionObjective(nn.Module):
 
 
 @torch.no_grad()
-def assign(
-    boxes: Tensor, logits: Tensor, centres: Tensor, strides: Tensor, people: Tensor, real: Tensor
-) -> tuple[Tensor, Tensor]:
+def assign(boxes: Tensor, centres: Tensor, strides: Tensor, people: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the locations that answer for each person.
+
+    Of the nearest 9 of each level those whose box before training overlaps the person by at least the mean and one
+    standard deviation of them all, or most of all, and that lie inside; one among several people's takes the one it
+    overlaps most. People narrower than a cell are as wide as the cell when locations are chosen.
 
     Args:
         boxes: (B, N, 4), predicted.
-        logits: (B, N).
         centres: (N, 2) of the locations, x and y.
         strides: (N, 1).
         people: (B, M, 4).
         real: (B, M) bool, false where a row of ``people`` is no person.
 
     Returns:
-        Which of the M people each location answers for (B, N), and the score it is to have (B, N): for the best of a
-        person the IoU of its box, for the others less as they are less aligned, and 0 for those that answer for nobody.
+        Which of the M people each location answers for (B, N), and the score it is to have (B, N): the IoU of its box,
+        and 0 for those that answer for nobody.
     """
-    overlap = pairwise_iou(people, boxes)  # (B, M, N)
-    aligned = logits.sigmoid()[:, None] ** _SCORE_POWER * overlap**_OVERLAP_POWER
-    aligned = aligned * _inside(centres, people, real, least=strides)
-    least = aligned.topk(min(_TOP, aligned.shape[2]), dim=2).values[..., -1:]
-    answers = (aligned >= least) & (aligned > 0)
-    # A location among several people's takes the one it overlaps most.
+    first = strides * torch.tensor(FIRST_BOX, device=strides.device)
+    overlap = pairwise_iou(people, torch.cat([centres - first, centres + first], 1).expand(len(people), -1, -1))
+    middle = (people[..., :2] + people[..., 2:]) / 2
+    distance = torch.cdist(middle, centres.expand(len(people), -1, -1))  # (B, M, N)
+    near = torch.zeros_like(distance, dtype=torch.bool)
+    for stride in sorted(set(strides[:, 0].tolist())):
+        level = (strides[:, 0] == stride).nonzero()[:, 0]
+        nearest = distance[..., level].topk(min(_NEAREST, len(level)), dim=2, largest=False).indices
+        near.scatter_(2, level[nearest], True)
+    count = near.sum(2, keepdim=True)
+    mean = (overlap * near).sum(2, keepdim=True) / count
+    deviation = (((overlap - mean) ** 2 * near).sum(2, keepdim=True) / count).sqrt()
+    enough = torch.minimum(mean + deviation, (overlap * near).amax(2, keepdim=True))
+    answers = near & (overlap >= enough) & _inside(centres, people, real, least=strides)
     person = torch.where(answers, overlap, -1).argmax(1)
     answers &= F.one_hot(person, people.shape[1]).mT.bool()
-    aligned = aligned * answers
-    best = (overlap * answers).amax(2, keepdim=True)
-    quality = aligned / aligned.amax(2, keepdim=True).clamp(min=1e-12) * best
-    return person, quality.amax(1)
+    quality = (pairwise_iou(people, boxes) * answers).amax(1)
+    return person, quality
 
 
 def _inside(centres: Tensor, boxes: Tensor, real: Tensor, least: Tensor | None = None) -> Tensor:

@@ -1,0 +1,224 @@
+"""The artifacts of a bundle: written, run, compared with float32 and judged; INT8 gives up layers until it passes."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from dpal_edge.errors import BackendUnavailable
+from dpal_edge.evaluate.predictor import BundlePredictor
+from dpal_edge.export import openvino, tensorrt_rtx
+from dpal_edge.export.calibration import Coverage, Range, calibrate
+from dpal_edge.export.crops import Crops
+from dpal_edge.export.float16 import to_float16
+from dpal_edge.export.gate import Labelled, judge_agreement
+from dpal_edge.export.lint import lint
+from dpal_edge.export.onnx import INPUT_NAME
+from dpal_edge.export.proof import Outputs, measure_parity
+from dpal_edge.export.quantize import quantize
+from dpal_edge.export.sensitivity import Sensitivity, Switched, rank
+from dpal_edge.export.targets import TARGETS, Target
+from dpal_edge.manifest import Artifact, FileSpec, Latency, Manifest, Parity, Refusal, Verdict
+from dpal_edge.runtime.backend import Backend, open_backend
+from dpal_edge.runtime.model import Model
+
+_KEPT = (0, 1, 2, 4, 8, 16, 32)  # layers, the most sensitive first, that are tried in float
+_RANKED_IMAGES = 8  # that tell which layers are sensitive
+_ALLOWANCE = 1.5  # times the error that was measured here: what verify and install let pass elsewhere
+_TIMED = ((1, 20), (8, 5))  # batch, least calls
+_TIMED_S = 0.5  # seconds that calls of a batch are repeated for, at least
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A written file, and what was found about it."""
+
+    file: Path
+    parity: Parity
+    verdicts: tuple[Verdict, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Verdict, ...]:
+        """The verdicts that it did not pass."""
+        return tuple(verdict for verdict in self.verdicts if not verdict.passed)
+
+
+@dataclass
+class Workshop:
+    """Writes the artifacts of one bundle; what several of them need is computed once."""
+
+    folder: Path  # of the bundle, with the float32 graph in it
+    manifest: Manifest  # without artifacts
+    calibration: Crops
+    compared: Crops  # other images where there are enough
+    reference: Outputs  # float32, of ``compared``
+    exact: Parity  # of the float32 graph
+    labelled: Labelled | None
+    layers: dict[str, tensorrt_rtx.Layers] = field(default_factory=dict)  # by target, what a compiler made of it
+    _ranges: tuple[dict[str, Range], Coverage] | None = None
+    _ranking: list[Sensitivity] | None = None
+    _candidates: dict[tuple[str, str], Candidate] = field(default_factory=dict)
+
+    def make(self, names: Sequence[str]) -> tuple[tuple[Artifact, ...], tuple[Refusal, ...]]:
+        """Write the targets of these names, in this order, and time what can run here.
+
+        Raises:
+            BackendUnavailable: a package that a target needs is not installed.
+            DataError: the images are not fit to calibrate on.
+        """
+        if any(TARGETS[name].form == "tensorrt-rtx" for name in names):
+            tensorrt_rtx.version()  # what is missing should be said before an hour of work
+        artifacts, refused = [], []
+        for name in names:
+            target = TARGETS[name]
+            candidate = self._settle("openvino" if target.form == "openvino" else "onnx", target.precision)
+            if candidate.failed:
+                refused.append(Refusal(target=name, reason=_explain(candidate), verdicts=candidate.verdicts))
+                continue
+            if target.form == "tensorrt-rtx":
+                self.layers[name] = tensorrt_rtx.compile_engine(candidate.file, self.folder / target.file)
+            artifacts.append(self._describe(name, target, candidate))
+        return tuple(self._time(artifacts)), tuple(refused)
+
+    @property
+    def float32(self) -> Path:
+        """The graph that all others are made of."""
+        return self.folder / TARGETS["onnx"].file
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What the calibration images are; None where nothing was calibrated."""
+        return self._ranges[1] if self._ranges else None
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """By tensor; empty where nothing was calibrated."""
+        return self._ranges[0] if self._ranges else {}
+
+    @property
+    def ranking(self) -> list[Sensitivity]:
+        """The layers by what INT8 costs them, the most costly first; empty where nothing was quantized."""
+        return self._ranking or []
+
+    def _settle(self, form: str, precision: str) -> Candidate:
+        """Return what is shipped of a form and a precision, or the last that was tried."""
+        key = (form, precision)
+        if key not in self._candidates:
+            if precision == "float32":
+                self._candidates[key] = Candidate(self.float32, self.exact)
+            elif precision == "float16":
+                self._candidates[key] = self._judge(self._write_half(form))
+            else:
+                self._candidates[key] = self._give_up_layers(form)
+        return self._candidates[key]
+
+    def _give_up_layers(self, form: str) -> Candidate:
+        """Leave ever more layers in float until the gate holds."""
+        ranking = self._rank()
+        for count in _KEPT:
+            kept = tuple(one.layer for one in ranking[:count])
+            candidate = self._judge(self._write_int8(form, kept), kept)
+            if not candidate.failed or count >= len(ranking):
+                break
+        return candidate
+
+    def _write_half(self, form: str) -> Path:
+        if form == "openvino":
+            path = self.folder / TARGETS["openvino-fp16"].file
+            openvino.write_fp16(self.float32, path)
+            return path
+        path = self.folder / TARGETS["onnx-fp16"].file
+        _save(to_float16(onnx.load(self.float32)), path)
+        return path
+
+    def _write_int8(self, form: str, kept: tuple[str, ...]) -> Path:
+        if form == "openvino":
+            path = self.folder / TARGETS["openvino-int8"].file
+            openvino.write_int8(self.float32, path, self.calibration, kept)
+            return path
+        path = self.folder / TARGETS["onnx-int8"].file
+        quantized = to_float16(quantize(onnx.load(self.float32), self._calibrate(), kept))
+        report = lint(quantized)
+        if report.errors:
+            raise RuntimeError(f"the quantized graph breaks a rule of its own linter:\n{report.as_text()}")
+        _save(quantized, path)
+        return path
+
+    def _calibrate(self) -> Mapping[str, Range]:
+        if self._ranges is None:
+            self._ranges = calibrate(onnx.load(self.float32), self.calibration)
+        return self._ranges[0]
+
+    def _rank(self) -> list[Sensitivity]:
+        if self._ranking is None:
+            switched = Switched(onnx.load(self.float32), self._calibrate())
+            self._ranking = rank(switched, self.compared[:_RANKED_IMAGES])
+        return self._ranking
+
+    def _judge(self, file: Path, kept: tuple[str, ...] = ()) -> Candidate:
+        backend = open_backend(file)
+        parity, found = measure_parity(backend, self.compared, self.reference, 0.0)
+        # On a device the goldens may come out a little further off, but not by another order.
+        parity = replace(parity, tolerance=_ALLOWANCE * parity.max_rel_error + 1e-3)
+        if self.labelled is None:
+            verdicts = judge_agreement(self.manifest.heads, self.manifest.input.size, self.reference, found)
+        else:
+            predictor = BundlePredictor(Model(backend, self.manifest), {"model": file.name})
+            verdicts = self.labelled.judge(predictor)
+        return Candidate(file, parity, verdicts, kept)
+
+    def _describe(self, name: str, target: Target, candidate: Candidate) -> Artifact:
+        data = [path for path in (candidate.file.with_suffix(".bin"),) if target.form == "openvino" and path.exists()]
+        return Artifact(
+            target=name,
+            precision=target.precision,
+            file=FileSpec.of(self.folder / target.file),
+            parity=candidate.parity,
+            data=tuple(FileSpec.of(path) for path in data),
+            verdicts=candidate.verdicts,
+            kept=candidate.kept,
+        )
+
+    def _time(self, artifacts: list[Artifact]) -> list[Artifact]:
+        """Time what can run here, all in turns, so that a busy moment meets all of them."""
+        files = {artifact.file.file: self.folder / artifact.file.file for artifact in artifacts}
+        backends: dict[str, Backend] = {}
+        for name, path in files.items():
+            try:
+                backends[name] = open_backend(path)
+            except BackendUnavailable:
+                continue
+        measured: dict[str, list[Latency]] = {name: [] for name in backends}
+        for batch, least in _TIMED:
+            images = self.compared[np.arange(batch) % len(self.compared)]
+            for name, times in time_in_turns(backends, images, least).items():
+                measured[name].append(Latency(batch=batch, median_ms=1e3 * float(np.median(times)), runs=len(times)))
+        return [replace(artifact, latency=tuple(measured.get(artifact.file.file, ()))) for artifact in artifacts]
+
+
+def time_in_turns(backends: Mapping[str, Backend], images: Crops, least: int) -> dict[str, list[float]]:
+    """Return the seconds of each call, without a first one each."""
+    times: dict[str, list[float]] = {name: [] for name in backends}
+    for backend in backends.values():
+        backend.run({INPUT_NAME: images})
+    began = time.perf_counter()
+    while backends and (min(map(len, times.values())) < least or time.perf_counter() - began < _TIMED_S):
+        for name, backend in backends.items():
+            start = time.perf_counter()
+            backend.run({INPUT_NAME: images})
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _explain(candidate: Candidate) -> str:
+    worst = "; ".join(f"{v.head}: {v.measure} {v.found:.4f}, least {v.least:.4f}" for v in candidate.failed)
+    kept = f" with {len(candidate.kept)} layers in float" if candidate.kept else ""
+    return f"{worst}{kept}"

@@ -1,0 +1,120 @@
+"""``dpal-edge verify``: what can be checked of a bundle or a graph on this machine, and what that found."""
+
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.manifest import Artifact, FileSpec, Manifest
+from dpal_edge.runtime.backend import ENGINES, open_backend
+from dpal_edge.runtime.model import Model, Outputs
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    what: str  # an artifact's target, or a file
+    check: str  # files, goldens or quantization
+    passed: bool | None  # None: it cannot be told here
+    found: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All that was looked at."""
+
+    path: str
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything is wrong."""
+        return any(check.passed is False for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all as JSON-ready values."""
+        return {**asdict(self), "failed": self.failed}
+
+    def as_text(self) -> str:
+        """Return a line for each check, and one that sums them up."""
+        words = {True: "ok", False: "FAILED", None: "-"}
+        lines = [f"{words[c.passed]:<8}{c.what:<16}{c.check:<14}{c.found}" for c in self.checks]
+        skipped = sum(check.passed is None for check in self.checks)
+        rest = f", {skipped} could not be made here" if skipped else ""
+        return "\n".join([*lines, f"{self.path}: {'does not hold' if self.failed else 'holds'}{rest}"])
+
+
+def verify(path: Path) -> Verification:
+    """Check a bundle, by folder or manifest: hashes, contract, goldens, quantization; of an .onnx file the last alone.
+
+    Raises:
+        ModelFileError: a file is missing, damaged, or neither.
+        BackendUnavailable: an .onnx file is given, and the package that reads it is not installed.
+    """
+    if path.suffix == ".onnx":
+        if find_spec("onnx") is None:
+            raise BackendUnavailable(f"{path} needs onnx: pip install 'dpal-edge[export]'")
+        return Verification(str(path), (_lint(path.name, path),))
+    manifest = Manifest.read(path)
+    images, expected = _read_goldens(path, manifest)
+    checks: list[Check] = []
+    for artifact in manifest.artifacts:
+        file = manifest.open_artifact(path, artifact)
+        specs = (artifact.file, *artifact.data)
+        checks.append(Check(artifact.target, "files", True, ", ".join(_told(spec) for spec in specs)))
+        checks.append(_run(artifact, file, manifest, images, expected))
+        if artifact.precision == "int8" and file.suffix == ".onnx":
+            if find_spec("onnx"):
+                checks.append(_lint(artifact.target, file))
+            else:
+                checks.append(
+                    Check(artifact.target, "quantization", None, "needs onnx: pip install 'dpal-edge[export]'")
+                )
+    return Verification(str(path), tuple(checks))
+
+
+def _told(spec: FileSpec) -> str:
+    return f"{spec.file} {spec.bytes / 1e6:.1f} MB, sha256 {spec.sha256[:12]}"
+
+
+def _read_goldens(path: Path, manifest: Manifest) -> tuple[Any, Outputs]:
+    file = manifest.file(path, manifest.golden)
+    try:
+        with np.load(file) as arrays:  # never unpickles
+            return arrays["images"], {head.name: arrays[head.name] for head in manifest.heads}
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFileError(f"{file}: not the goldens of this bundle ({error}); export it again") from error
+
+
+def _run(artifact: Artifact, file: Path, manifest: Manifest, images: Any, expected: Outputs) -> Check:
+    """Run an artifact on the goldens."""
+    if file.suffix not in ENGINES:
+        return Check(artifact.target, "goldens", None, f"nothing here runs {file.suffix} files")
+    try:
+        backend = open_backend(file)
+    except BackendUnavailable as error:
+        return Check(artifact.target, "goldens", None, str(error))
+    found = Model(backend, manifest).run(images)
+    errors = {
+        name: float(np.abs(found[name] - array).max()) / max(float(np.abs(array).max()), 1e-12)
+        for name, array in expected.items()
+    }
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    passed = errors[worst] <= artifact.parity.tolerance
+    text = (
+        f"largest error {errors[worst]:.1e} of the largest output ({worst}) on {len(images)} images, allowed "
+        f"{artifact.parity.tolerance:.1e} ({backend.name})"
+    )
+    return Check(artifact.target, "goldens", passed, text)
+
+
+def _lint(what: str, file: Path) -> Check:
+    from dpal_edge.export.lint import lint  # onnx may be missing on a device
+
+    report = lint(file)
+    text = report.as_text().replace("\n", "\n" + " " * 24) if report.findings else report.as_text()
+    return Check(what, "quantization", not report.errors, text)

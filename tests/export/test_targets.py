@@ -1,0 +1,213 @@
+"""One call, several targets: what each bundle holds, what is refused, and that verify finds what was changed."""
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from dpal_edge.cli import main
+from dpal_edge.errors import BackendUnavailable, ConfigError, ParityError
+from dpal_edge.evaluate.predictor import Choice, open_predictor
+from dpal_edge.export import artifacts, tensorrt_rtx
+from dpal_edge.export.bundle import ExportSettings, describe, export
+from dpal_edge.export.lint import lint
+from dpal_edge.export.targets import TARGETS
+from dpal_edge.manifest import Manifest
+from dpal_edge.verification import verify
+from tests.export.conftest import HEADS, tiny_human, write_human
+from tests.export.test_quantization import smooth_crops
+
+RTX = tuple(name for name in TARGETS if name.startswith("trt-rtx"))
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """A tiny model with every head for people, and a folder of crops."""
+    folder = tmp_path_factory.mktemp("targets")
+    (folder / "crops").mkdir()
+    for i, crop in enumerate(smooth_crops(40)):
+        Image.fromarray(crop).save(folder / "crops" / f"{i:02d}.png")
+    checkpoint = write_human(folder / "model.safetensors", {"backbone": tiny_human(0, HEADS)}, best="backbone", step=1)
+    return checkpoint, str(folder / "crops")
+
+
+@pytest.fixture(scope="module")
+def bundle(people, tmp_path_factory):
+    """All targets that need no compiler; not to be changed by a test."""
+    checkpoint, crops = people
+    out = tmp_path_factory.mktemp("bundles") / "bundle"
+    names = tuple(name for name in TARGETS if name not in RTX)
+    return out, export(checkpoint, out, ExportSettings(targets=names, calibration=(crops,), images=8))
+
+
+def test_every_target_is_written_judged_and_timed(bundle):
+    out, manifest = bundle
+    held = {artifact.target: artifact for artifact in manifest.artifacts}
+    assert set(held) | {refusal.target for refusal in manifest.refused} == set(TARGETS) - set(RTX)
+    assert {"onnx", "onnx-fp16", "openvino-fp16", "trt-fp16", "onnx-int8", "trt-int8"} <= set(held)
+    assert held["trt-int8"].file == held["onnx-int8"].file
+    assert held["openvino-fp16"].data[0].file == "model.fp16.bin"
+    for name, artifact in held.items():
+        assert artifact.precision == TARGETS[name].precision
+        assert [one.batch for one in artifact.latency] == [1, 8]
+        heads = {verdict.head for verdict in artifact.verdicts}
+        assert heads == (set() if name == "onnx" else {"pose", "parsing", "attributes", "embedding"})
+        assert all(verdict.passed for verdict in artifact.verdicts)
+        assert artifact.parity.max_rel_error < {"float32": 1e-5, "float16": 1e-2, "int8": 0.5}[artifact.precision]
+    assert Manifest.read(out) == manifest
+    named = {spec.file for one in held.values() for spec in (one.file, *one.data)}
+    assert {path.name for path in out.iterdir()} == named | {
+        "manifest.json", "golden.npz", "report.html", "report.json"
+    }  # fmt: skip
+
+
+def test_int8_graph_passes_the_linter(bundle):
+    out, manifest = bundle
+    report = lint(out / "model.int8.onnx")
+    [artifact] = [one for one in manifest.artifacts if one.target == "trt-int8"]
+    assert report.errors == 0
+    assert report.quantized + len(artifact.kept) == sum(1 for _ in lines_of(out / "model.int8.onnx"))
+
+
+def lines_of(path):
+    from dpal_edge.export.quantize import quantizable
+
+    return quantizable(onnx.load(path))
+
+
+def test_report_tells_it_all(bundle):
+    out, manifest = bundle
+    facts = json.loads((out / "report.json").read_text())
+    assert [one["target"] for one in facts["artifacts"]] == [one.target for one in manifest.artifacts]
+    assert facts["calibration"]["images"] == 32
+    assert "32 images: give 128" in facts["calibration"]["advice"]
+    assert len(facts["sensitivity"]) == len(lines_of(out / "model.onnx"))
+    page = (out / "report.html").read_text()
+    for text in ("trt-int8", "rank correlation", "What INT8 costs", "backbone.blocks.0.mlp.fc1"):
+        assert text in page
+    text = describe(manifest, out)
+    assert "verified  onnx-int8: largest error" in text
+    assert "pose: joints that stay" in text
+
+
+def test_artifacts_answer_alike(bundle):
+    """What evaluate runs of a bundle by its target."""
+    out, manifest = bundle
+    images = smooth_crops(3, seed=5)
+    expected = open_predictor(str(out), Choice(target="onnx"))(images, "reid")
+    for artifact in manifest.artifacts:
+        found = open_predictor(str(out), Choice(target=artifact.target))(images, "reid")
+        assert np.abs(found - expected).max() < 0.3 * np.abs(expected).max(), artifact.target
+
+
+def test_verify_finds_everything_in_order_and_what_is_not(bundle, tmp_path):
+    out, manifest = bundle
+    found = verify(out)
+    assert not found.failed
+    assert {check.what for check in found.checks} == {artifact.target for artifact in manifest.artifacts}
+    assert {(c.what, c.check) for c in found.checks} >= {("trt-int8", "quantization"), ("openvino-fp16", "goldens")}
+
+    shutil.copytree(out, tmp_path / "bundle")
+    with (tmp_path / "bundle" / "model.fp16.bin").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "bundle")])
+    assert result.exit_code == 1
+    assert "model.fp16.bin: damaged or replaced" in result.output
+
+    swapped = tmp_path / "swapped"
+    shutil.copytree(out, swapped)
+    data = json.loads((swapped / "manifest.json").read_text())
+    first = data["artifacts"][0]
+    first["parity"]["tolerance"] = 1e-12
+    (swapped / "manifest.json").write_text(json.dumps(data))
+    result = CliRunner().invoke(main, ["verify", str(swapped), "--json"])
+    assert result.exit_code == 2
+    assert json.loads(result.output)["failed"] is True
+
+
+def test_exporting_twice_gives_the_same_bytes(people, bundle, tmp_path):
+    checkpoint, crops = people
+    out, _ = bundle
+    names = ("onnx", "onnx-fp16", "onnx-int8")
+    export(checkpoint, tmp_path / "again", ExportSettings(targets=names, calibration=(crops,), images=8))
+    for name in names:
+        file = TARGETS[name].file
+        assert (tmp_path / "again" / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_sensitive_layers_stay_in_float_until_the_gate_holds(people, tmp_path, monkeypatch):
+    """A gate that asks for more than all layers in INT8 give."""
+    checkpoint, crops = people
+    demanding = {task: tuple((name, 0.99999 if name == "cosine" else 0.0, compare) for name, _, compare in measures)
+                 for task, measures in artifacts.judge_agreement.__globals__["_AGREEMENTS"].items()}  # fmt: skip
+    monkeypatch.setitem(artifacts.judge_agreement.__globals__, "_AGREEMENTS", demanding)
+    settings = ExportSettings(targets=("onnx-int8",), calibration=(crops,), images=8)
+    manifest = export(checkpoint, tmp_path / "bundle", settings)
+    [artifact] = manifest.artifacts
+    assert artifact.kept
+    ranked = [one["layer"] for one in json.loads((tmp_path / "bundle" / "report.json").read_text())["sensitivity"]]
+    assert list(artifact.kept) == ranked[: len(artifact.kept)]
+    assert lint(tmp_path / "bundle" / "model.int8.onnx").quantized == len(ranked) - len(artifact.kept)
+
+
+def test_what_fails_is_refused_and_the_rest_is_shipped(people, tmp_path, monkeypatch):
+    checkpoint, crops = people
+    real = artifacts.to_float16
+
+    def broken(model):
+        converted = real(model)
+        for tensor in converted.graph.initializer:
+            if "patches" in tensor.name and tensor.dims:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+        return converted
+
+    monkeypatch.setattr(artifacts, "to_float16", broken)
+    out = tmp_path / "bundle"
+    result = CliRunner().invoke(
+        main, ["export", str(checkpoint), "--target", "onnx", "--target", "onnx-fp16", "--calibration", crops,
+               "--out", str(out)]
+    )  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert "REFUSED   onnx-fp16: " in result.stderr
+    manifest = Manifest.read(out)
+    assert [artifact.target for artifact in manifest.artifacts] == ["onnx"]
+    [refusal] = manifest.refused
+    assert any(not verdict.passed for verdict in refusal.verdicts)
+    assert not (out / "model.fp16.onnx").exists()
+    with pytest.raises(ParityError, match="no target passes the gate, nothing was written"):
+        export(checkpoint, tmp_path / "none", ExportSettings(targets=("onnx-fp16",), calibration=(crops,)))
+    assert not (tmp_path / "none").exists()
+
+
+def test_rtx_compiler_fuses_attention_and_computes_in_int8(people, tmp_path):
+    if find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("the compiler is not installed")
+    checkpoint, crops = people
+    settings = ExportSettings(targets=("trt-rtx-int8",), calibration=(crops,), images=8)
+    manifest = export(checkpoint, tmp_path / "bundle", settings)
+    [artifact] = manifest.artifacts
+    assert artifact.file.file == "model.int8.rtx"
+    assert artifact.latency == ()
+    layers = json.loads((tmp_path / "bundle" / "report.json").read_text())["compiled"]["trt-rtx-int8"]
+    assert layers["int8_products"] > 0
+    checks = {check.check: check for check in verify(tmp_path / "bundle").checks}
+    assert checks["goldens"].passed is None
+    assert checks["files"].passed
+
+
+def test_a_missing_compiler_is_said_first(people, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_rtx, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'dpal-edge\[tensorrt-rtx\]'"):
+        export(people[0], tmp_path / "x", ExportSettings(targets=("trt-rtx-fp16",), calibration=(people[1],)))
+
+
+@pytest.mark.parametrize("fields", [{"targets": ("onnx", "caffe")}, {"targets": ()}, {"max_drop": -1.0}])
+def test_wrong_settings(fields):
+    with pytest.raises(ConfigError, match="expected"):
+        ExportSettings(**fields)
