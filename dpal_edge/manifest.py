@@ -136,6 +136,7 @@ class Manifest:
     stripped: Stripped
     provenance: dict[str, Any]
     refused: tuple[Refusal, ...] = ()
+    documents: tuple[FileSpec, ...] = ()  # about the bundle, for people
     schema: int = SCHEMA
 
     def write(self, bundle: Path) -> Path:

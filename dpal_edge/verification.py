@@ -60,10 +60,13 @@ def verify(path: Path) -> Verification:
             raise BackendUnavailable(f"{path} needs onnx: pip install 'dpal-edge[export]'")
         return Verification(str(path), (_lint(path.name, path),))
     manifest = Manifest.read(path)
+    files = {artifact.target: manifest.open_artifact(path, artifact) for artifact in manifest.artifacts}
     images, expected = _read_goldens(path, manifest)
+    for document in manifest.documents:
+        manifest.file(path, document)
     checks: list[Check] = []
     for artifact in manifest.artifacts:
-        file = manifest.open_artifact(path, artifact)
+        file = files[artifact.target]
         specs = (artifact.file, *artifact.data)
         checks.append(Check(artifact.target, "files", True, ", ".join(_told(spec) for spec in specs)))
         checks.append(_run(artifact, file, manifest, images, expected))

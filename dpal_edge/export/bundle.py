@@ -23,7 +23,7 @@ from dpal_edge.export.crops import Crops, read_inputs
 from dpal_edge.export.gate import Labelled
 from dpal_edge.export.onnx import INPUT_NAME, ExportedModel, write_onnx
 from dpal_edge.export.proof import Outputs, check_parity, prove_stripped, torch_outputs
-from dpal_edge.export.report import REPORTS, write_report
+from dpal_edge.export.report import write_report
 from dpal_edge.export.source import DETECTION, Source, head_specs, open_source
 from dpal_edge.export.targets import TARGETS
 from dpal_edge.files import sha256_of
@@ -95,7 +95,7 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
         if not artifacts:
             reasons = " | ".join(f"{refusal.target}: {refusal.reason}" for refusal in refused)
             raise ParityError(f"no target passes the gate, nothing was written ({reasons})")
-        write_report(draft, manifest, workshop)
+        manifest = replace(manifest, documents=write_report(draft, manifest, workshop))
         _remove_unnamed(draft, manifest)
         manifest.write(draft)
         _replace(draft, out)
@@ -127,7 +127,7 @@ def _labelled(file: Path, manifest: Manifest, settings: ExportSettings) -> Label
 def _remove_unnamed(draft: Path, manifest: Manifest) -> None:
     """Remove what artifacts were made of and is none itself."""
     specs = [spec for artifact in manifest.artifacts for spec in (artifact.file, *artifact.data)]
-    named = {manifest.golden.file, *(spec.file for spec in specs), *REPORTS}
+    named = {spec.file for spec in (manifest.golden, *manifest.documents, *specs)}
     for path in draft.iterdir():
         if path.name not in named:
             path.unlink()

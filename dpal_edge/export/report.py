@@ -9,17 +9,18 @@ from typing import Any
 from dpal_edge.export.artifacts import Workshop
 from dpal_edge.files import write_text
 from dpal_edge.html import page, table
-from dpal_edge.manifest import Artifact, Manifest
+from dpal_edge.manifest import Artifact, FileSpec, Manifest
 
-REPORTS = ("report.html", "report.json")
 _SHOWN = 20  # layers in the table of the most sensitive
 
 
-def write_report(folder: Path, manifest: Manifest, workshop: Workshop) -> None:
-    """Write both reports into the folder of a bundle."""
+def write_report(folder: Path, manifest: Manifest, workshop: Workshop) -> tuple[FileSpec, ...]:
+    """Write both reports into the folder of a bundle, and describe them."""
     facts = collect(manifest, workshop)
-    write_text(folder / "report.json", json.dumps(facts, indent=2) + "\n")
-    write_text(folder / "report.html", render(facts))
+    texts = {"report.json": json.dumps(facts, indent=2) + "\n", "report.html": render(facts)}
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return tuple(FileSpec.of(folder / name) for name in texts)
 
 
 def collect(manifest: Manifest, workshop: Workshop) -> dict[str, Any]:

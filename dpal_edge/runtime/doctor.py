@@ -61,7 +61,7 @@ _STAGES = {
         "train",
     ),
     "evaluate": (("hotcoco", "PIL", "scipy"), "evaluate"),
-    "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime"), "export"),
+    "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf"), "export"),
     "run": (("onnxruntime", "cv2"), "onnxruntime,camera"),
 }
 

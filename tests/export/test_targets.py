@@ -112,13 +112,16 @@ def test_verify_finds_everything_in_order_and_what_is_not(bundle, tmp_path):
     assert {check.what for check in found.checks} == {artifact.target for artifact in manifest.artifacts}
     assert {(c.what, c.check) for c in found.checks} >= {("trt-int8", "quantization"), ("openvino-fp16", "goldens")}
 
-    shutil.copytree(out, tmp_path / "bundle")
-    with (tmp_path / "bundle" / "model.fp16.bin").open("r+b") as file:
-        file.seek(100)
-        file.write(b"\xff")
-    result = CliRunner().invoke(main, ["verify", str(tmp_path / "bundle")])
-    assert result.exit_code == 1
-    assert "model.fp16.bin: damaged or replaced" in result.output
+    files = sorted(path.name for path in out.iterdir() if path.name != "manifest.json")
+    for name in files:
+        copy = tmp_path / name
+        shutil.copytree(out, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        result = CliRunner().invoke(main, ["verify", str(copy)])
+        assert result.exit_code == 1
+        assert f"{name}: damaged or replaced" in result.output
 
     swapped = tmp_path / "swapped"
     shutil.copytree(out, swapped)
