@@ -55,7 +55,7 @@ def verify(path: Path) -> Verification:
         ModelFileError: a file is missing, damaged, or neither.
         BackendUnavailable: an .onnx file is given, and the package that reads it is not installed.
     """
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx" and not path.is_dir():
         if find_spec("onnx") is None:
             raise BackendUnavailable(f"{path} needs onnx: pip install 'dpal-edge[export]'")
         return Verification(str(path), (_lint(path.name, path),))
