@@ -186,7 +186,10 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option(
-    "--calibration", multiple=True, metavar="DIR", help="Real crops to verify on; default: the training data."
+    "--calibration",
+    multiple=True,
+    metavar="DIR",
+    help="Real crops to calibrate and verify on; default: the training data.",
 )
 @click.option("--size", nargs=2, type=int, metavar="H W", help="Input size in pixels; default: the checkpoint's.")
 @click.option("--weights", type=click.Choice(["best", "backbone", "ema"]), default="best", show_default=True)

@@ -80,7 +80,11 @@ class Verdict:
     reference: float  # of float32, 0..1
     found: float
     least: float  # that passes
-    passed: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether enough is left; a value that is not a number is not."""
+        return self.found >= self.least
 
 
 @dataclass(frozen=True, kw_only=True)

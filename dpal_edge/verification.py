@@ -10,7 +10,7 @@ import numpy as np
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.manifest import Artifact, FileSpec, Manifest
 from dpal_edge.runtime.backend import ENGINES, open_backend
-from dpal_edge.runtime.model import Model, Outputs
+from dpal_edge.runtime.model import Model, Outputs, largest_errors, worst_head
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,8 @@ def _run(artifact: Artifact, file: Path, manifest: Manifest, images: Any, expect
     except BackendUnavailable as error:
         return Check(artifact.target, "goldens", None, str(error))
     found = Model(backend, manifest).run(images)
-    errors = {
-        name: float(np.abs(found[name] - array).max()) / max(float(np.abs(array).max()), 1e-12)
-        for name, array in expected.items()
-    }
-    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    errors = largest_errors(found, expected)
+    worst = worst_head(errors)
     passed = errors[worst] <= artifact.parity.tolerance
     text = (
         f"largest error {errors[worst]:.1e} of the largest output ({worst}) on {len(images)} images, allowed "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from dpal_edge.errors import BackendUnavailable
+from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.evaluate.predictor import BundlePredictor
 from dpal_edge.export import openvino, tensorrt_rtx
 from dpal_edge.export.calibration import Coverage, Range, calibrate
@@ -144,7 +144,10 @@ class Workshop:
         quantized = to_float16(quantize(onnx.load(self.float32), self._calibrate(), kept))
         report = lint(quantized)
         if report.errors:
-            raise RuntimeError(f"the quantized graph breaks a rule of its own linter:\n{report.as_text()}")
+            raise ModelFileError(
+                f"the quantized graph breaks the rules of its own linter ({report.findings[0].rule} at "
+                f"{report.findings[0].where}); this is a bug, please report it"
+            )
         _save(quantized, path)
         return path
 

@@ -103,12 +103,19 @@ def _error(values: Array, clip: float) -> Array:
 def calibrate(model: onnx.ModelProto, crops: Crops) -> tuple[dict[str, Range], Coverage]:
     """Run a float32 graph on uint8 ``crops`` (n, H, W, 3); return the range of each input of a linear layer by name.
 
+    Source: ranges of least mean squared error, as in "A White Paper on Neural Network Quantization" (Nagel et al.,
+    2021). Differs: from a histogram of 2048 bins.
+
     Raises:
         DataError: the crops are too few, or show nothing, or noise.
     """
     check_crops(crops)
     names = list(dict.fromkeys(layer.activation.source for layer in Graph(model).linears()))
-    session = _session_with(model, names)
+    opened = onnx.ModelProto()
+    opened.CopyFrom(model)
+    del opened.graph.output[:]
+    opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    session = open_session(opened)
     histograms = {name: Histogram() for name in names}
     halfway: dict[str, float] = {}
     middle = len(crops) // 2
@@ -164,14 +171,10 @@ def _cover(crops: Crops, growth: float) -> Coverage:
     return Coverage(len(crops), distinct, (float(low), float(high)), smoothness(crops), growth)
 
 
-def _session_with(model: onnx.ModelProto, names: list[str]) -> Any:
-    """Open a graph in ONNX Runtime whose inner tensors can be asked for."""
+def open_session(model: onnx.ModelProto) -> Any:
+    """Open a graph that is no file yet in ONNX Runtime, on the CPU."""
     import onnxruntime as ort
 
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
-    del opened.graph.output[:]
-    opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 3  # errors: what it thinks of the graph is no news
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

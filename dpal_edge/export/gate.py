@@ -55,7 +55,6 @@ class Labelled:
                 reference=value,
                 found=found[task][1],
                 least=value - self.max_drop / 100,
-                passed=found[task][1] >= value - self.max_drop / 100,
             )
             for task, (metric, value) in self.reference.items()
         )
@@ -86,9 +85,7 @@ def judge_agreement(
     for head in heads:
         for measure, least, compare in _AGREEMENTS[head.task]:
             value = compare(reference[head.name], found[head.name], head, size)
-            passed = value >= least
-            verdicts.append(Verdict(head=head.name, measure=measure, reference=1.0, found=value, least=least,
-                                    passed=passed))  # fmt: skip
+            verdicts.append(Verdict(head=head.name, measure=measure, reference=1.0, found=value, least=least))
     return tuple(verdicts)
 
 

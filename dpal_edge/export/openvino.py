@@ -1,12 +1,15 @@
 """OpenVINO's files: FP16 weights, or INT8 by NNCF with its recipe for transformers."""
 
-import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from dpal_edge.errors import BackendUnavailable
+from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.export.crops import Crops
 
 
@@ -17,11 +20,14 @@ def write_fp16(graph: Path, path: Path) -> None:
     ov.save_model(ov.convert_model(graph), path, compress_to_fp16=True)
 
 
-def write_int8(graph: Path, path: Path, crops: Crops, kept: Iterable[str]) -> None:
+def write_int8(graph: Path, path: Path, crops: Crops, kept: Sequence[str]) -> None:
     """Quantize the float32 ONNX file ``graph`` on uint8 ``crops`` (n, H, W, 3); write ``path`` (.xml) and its .bin.
 
     Args:
-        kept: names of the graph's nodes that stay in float.
+        graph: its linear layers are nodes with names.
+        path: of the .xml.
+        crops: to calibrate on.
+        kept: names of nodes that stay in float.
 
     Source: NNCF's post-training quantization, model type TRANSFORMER: SmoothQuant, symmetric activations where
     attention needs them. Differs: weights use half of their range, because sums of full ones saturate on CPUs without
@@ -29,24 +35,53 @@ def write_int8(graph: Path, path: Path, crops: Crops, kept: Iterable[str]) -> No
 
     Raises:
         BackendUnavailable: NNCF is not installed.
+        ModelFileError: its process ended before it was done.
     """
+    if find_spec("nncf") is None:
+        raise BackendUnavailable("openvino-int8 needs nncf: pip install 'dpal-edge[export]'")
+    run_alone(_quantize, graph, path, crops, tuple(kept))
+
+
+def run_alone(function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function of this module in a process of its own, of which nothing is printed.
+
+    Beside the engines of an export NNCF once ended in a segmentation fault, and would have taken the other targets
+    along; and its progress bars go to standard output, which belongs to ``--json``.
+
+    Raises:
+        ModelFileError: the process ended before the function did.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_be_silent) as pool:
+        try:
+            pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ModelFileError(
+                "the process of NNCF ended before it had quantized the model (out of memory, or a fault of its own); "
+                "nothing was written: export again, or without openvino-int8"
+            ) from error
+
+
+def _be_silent() -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+
+
+def _quantize(graph: Path, path: Path, crops: Crops, kept: tuple[str, ...]) -> None:
+    import nncf
     import openvino as ov
 
-    try:
-        import nncf
-    except ModuleNotFoundError as error:
-        raise BackendUnavailable("openvino-int8 needs nncf: pip install 'dpal-edge[export]'") from error
-    nncf.set_log_level(logging.ERROR)
     model = ov.convert_model(graph)
-    wanted = set(kept)
     # OpenVINO splits what has a bias in two, and calls the first part so.
-    names = [n.get_friendly_name() for n in model.get_ops()
-             if n.get_friendly_name().removesuffix("/WithoutBiases") in wanted
-             and n.get_type_name() in ("MatMul", "Convolution")]  # fmt: skip
-    data = nncf.Dataset([crops[i : i + 1] for i in range(len(crops))], lambda crop: np.ascontiguousarray(crop))
+    names = [
+        name
+        for node in model.get_ops()
+        if (name := node.get_friendly_name()).removesuffix("/WithoutBiases") in kept
+        and node.get_type_name() in ("MatMul", "Convolution")
+    ]
     quantized = nncf.quantize(
         model,
-        data,
+        nncf.Dataset(list(crops[:, None])),
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.PERFORMANCE,
         subset_size=len(crops),

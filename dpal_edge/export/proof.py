@@ -16,6 +16,7 @@ from dpal_edge.manifest import Parity, Stripped
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.vit import normalize
 from dpal_edge.runtime.backend import Backend, open_backend
+from dpal_edge.runtime.model import largest_errors, worst_head
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
 _BATCH = 8
@@ -78,18 +79,16 @@ def measure_parity(
     """Run a model on ``crops``, singly and in batches; return how far it is from ``reference``, and its outputs."""
     batches = _run(backend, crops, _BATCH)
     single = _run(backend, crops[:4], 1)
-    errors = {
-        name: float(np.abs(np.concatenate([batches[name] - expected, single[name] - expected[:4]])).max())
-        for name, expected in reference.items()
-    }
-    relative = {name: error / float(np.abs(reference[name]).max()) for name, error in errors.items()}
-    worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
+    twice = {name: np.concatenate([batches[name], single[name]]) for name in reference}
+    expected = {name: np.concatenate([array, array[:4]]) for name, array in reference.items()}
+    relative = largest_errors(twice, expected)
+    worst = worst_head(relative)
     parity = Parity(
         backend=backend.name,
         images=len(crops),
-        max_abs_error=errors[worst],
+        max_abs_error=float(np.abs(twice[worst] - expected[worst]).max()),
         max_rel_error=relative[worst],
-        min_cosine=min(_least_cosine(batches[name], expected) for name, expected in reference.items()),
+        min_cosine=min(_least_cosine(batches[name], array) for name, array in reference.items()),
         tolerance=tolerance,
         head=worst,
     )

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from dpal_edge.export.calibration import LEVELS, Range
+from dpal_edge.export.calibration import LEVELS, Range, open_session
 from dpal_edge.export.crops import Crops
 from dpal_edge.export.linears import DEQUANTIZE, Graph, Linear
 from dpal_edge.export.onnx import INPUT_NAME
@@ -35,14 +35,9 @@ class Switched:
     """A graph whose layers are quantized at will, without building it again."""
 
     def __init__(self, model: onnx.ModelProto, ranges: Mapping[str, Range]) -> None:
-        import onnxruntime as ort
-
         self.layers = [layer.name for layer in quantizable(model)]
         self.outputs = [output.name for output in model.graph.output]
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        switched = _add_switches(quantize(model, ranges), self.layers)
-        self._session = ort.InferenceSession(switched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._session = open_session(_add_switches(quantize(model, ranges), self.layers))
 
     def run(self, crops: Crops, quantized: Collection[str]) -> dict[str, NDArray[np.float32]]:
         """Return the outputs (n, ...) for uint8 crops with these layers in INT8 and the others in float32."""

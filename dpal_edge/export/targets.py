@@ -3,21 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Form = Literal["onnx", "openvino", "tensorrt-rtx"]
-
 
 @dataclass(frozen=True)
 class Target:
     """One kind of artifact."""
 
     precision: Literal["float32", "float16", "int8"]
-    form: Form
+    form: Literal["onnx", "openvino", "tensorrt-rtx"]  # of the file
     file: str  # in the bundle; targets that share one differ in who will read it
-
-    @property
-    def graph(self) -> str:
-        """The ONNX file that it is, or is compiled from."""
-        return {"float32": "model.onnx", "float16": "model.fp16.onnx", "int8": "model.int8.onnx"}[self.precision]
 
 
 # A trt target is the ONNX file that TensorRT compiles on the device it will run on; onnx-int8 is the same file for ONNX

@@ -1,17 +1,13 @@
 """TensorRT for RTX: NVIDIA's parser and compiler on a machine without a GPU, and what it made of the layers."""
 
-import ctypes
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime.rtx import load_bindings
 
-# In the order in which they need each other.
-_LIBRARIES = ("libcudart.so*", "libtensorrt_rtx.so*", "libtensorrt_onnxparser_rtx.so*")
-_PACKAGE, _BINDINGS = "onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings"
 _BATCHES = (1, 8, 32)  # least, best served, most
 _LAYER = re.compile(r"Name: (?P<name>[^,]*), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: ")
 _SYNCHRONISATION = ("signal", "wait", "shape_call")
@@ -84,16 +80,9 @@ def version() -> str:
 
 
 def _load() -> Any:
-    """Import the bindings over the libraries that come in another package, under the names they look for."""
-    spec = find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations or find_spec(_BINDINGS) is None:
-        raise BackendUnavailable("trt-rtx targets need NVIDIA's compiler: pip install 'dpal-edge[tensorrt-rtx]'")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    for pattern in _LIBRARIES:
-        path = next(iter(sorted(folder.glob(pattern))), None)
-        if path is None:
-            raise BackendUnavailable(f"{folder}: no {pattern}; install dpal-edge[tensorrt-rtx] again")
-        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    import tensorrt_rtx_bindings as trt
-
-    return trt
+    try:
+        return load_bindings()
+    except (ImportError, OSError) as error:
+        raise BackendUnavailable(
+            f"trt-rtx targets need NVIDIA's compiler: pip install 'dpal-edge[tensorrt-rtx]' ({error})"
+        ) from error

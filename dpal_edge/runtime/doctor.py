@@ -8,6 +8,7 @@ which later versions only add.
 import dataclasses
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import platform
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from dpal_edge import __version__
 from dpal_edge.runtime.device import CpuFeatures, Gpu, Jetson, cpu_features, gpus, jetson
+from dpal_edge.runtime.rtx import load_bindings
 
 SCHEMA = 1
 
@@ -71,7 +73,7 @@ _RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("opencv-python", "opencv-python-
 # NVIDIA/TensorRT issues 4419, 4558, 4723 and 4742: ViT engines that build and then compute something else.
 _BAD_TENSORRT = ("10.3", "10.4")
 
-_USED = frozenset({"torch", "opencv", "onnxruntime"})  # the other libraries run nothing in this version
+_USED = frozenset({"torch", "opencv", "onnxruntime", "openvino", "tensorrt-rtx"})  # TensorRT runs nothing yet
 
 # Names of libraries as shown -> the module that shows they are installed.
 _LIBRARIES = {
@@ -112,17 +114,12 @@ import tensorrt
 version, devices = tensorrt.__version__, []
 tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
 """,
-    # The bindings ask for plain sonames, which the other package's libraries satisfy once they are loaded.
-    "tensorrt-rtx": """
-import ctypes, importlib.util, pathlib
-bundled = importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx")
-for folder in bundled.submodule_search_locations if bundled else []:
-    for name in ("libcudart.so", "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"):
-        for file in pathlib.Path(folder).glob(name + ".*"):
-            ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL)
-import tensorrt_rtx_bindings
-version, devices = tensorrt_rtx_bindings.__version__, []
-tensorrt_rtx_bindings.Builder(tensorrt_rtx_bindings.Logger(tensorrt_rtx_bindings.Logger.ERROR))
+    "tensorrt-rtx": "from typing import Any\n"
+    + inspect.getsource(load_bindings)
+    + """
+trt = load_bindings()
+version, devices = trt.__version__, []
+trt.Builder(trt.Logger(trt.Logger.ERROR))
 """,
     "opencv": """
 import re, cv2

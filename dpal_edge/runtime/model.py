@@ -1,6 +1,8 @@
 """The model of a bundle, opened: images in, the raw output of every head out, as its manifest promises."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +75,19 @@ class Model:
     def close(self) -> None:
         """Free the memory."""
         self._backend = None
+
+
+def largest_errors(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """Return by head the largest absolute error over the largest absolute value that is expected."""
+    return {
+        name: float(np.abs(found[name] - array).max()) / max(float(np.abs(array).max()), np.finfo(np.float32).tiny)
+        for name, array in expected.items()
+    }
+
+
+def worst_head(errors: Mapping[str, float]) -> str:
+    """Return the head of the largest error; one that is not a number is the largest."""
+    return max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
 
 
 def check_images(array: NDArray[np.uint8], name: str, shape: tuple[int | str, ...]) -> None:

@@ -1,8 +1,11 @@
 """One call, several targets: what each bundle holds, what is refused, and that verify finds what was changed."""
 
 import json
+import os
 import shutil
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,17 +14,23 @@ from click.testing import CliRunner
 from PIL import Image
 
 from dpal_edge.cli import main
-from dpal_edge.errors import BackendUnavailable, ConfigError, ParityError
+from dpal_edge.errors import BackendUnavailable, ConfigError, ModelFileError, ParityError
 from dpal_edge.evaluate.predictor import Choice, open_predictor
-from dpal_edge.export import artifacts, tensorrt_rtx
+from dpal_edge.export import artifacts, openvino, tensorrt_rtx
 from dpal_edge.export.bundle import ExportSettings, describe, export
+from dpal_edge.export.calibration import calibrate
+from dpal_edge.export.float16 import to_float16
 from dpal_edge.export.lint import lint
+from dpal_edge.export.onnx import ExportedModel, write_onnx
+from dpal_edge.export.quantize import quantizable, quantize
+from dpal_edge.export.source import open_source
 from dpal_edge.export.targets import TARGETS
 from dpal_edge.manifest import Manifest
 from dpal_edge.verification import verify
 from tests.export.conftest import HEADS, tiny_human, write_human
 from tests.export.test_quantization import smooth_crops
 
+STUDENT = Path(__file__).parents[2] / "dpal_edge" / "assets" / "dpal_vit_tiny.safetensors"
 RTX = tuple(name for name in TARGETS if name.startswith("trt-rtx"))
 
 
@@ -71,12 +80,10 @@ def test_int8_graph_passes_the_linter(bundle):
     report = lint(out / "model.int8.onnx")
     [artifact] = [one for one in manifest.artifacts if one.target == "trt-int8"]
     assert report.errors == 0
-    assert report.quantized + len(artifact.kept) == sum(1 for _ in lines_of(out / "model.int8.onnx"))
+    assert report.quantized + len(artifact.kept) == len(layers_of(out / "model.int8.onnx"))
 
 
-def lines_of(path):
-    from dpal_edge.export.quantize import quantizable
-
+def layers_of(path):
     return quantizable(onnx.load(path))
 
 
@@ -86,7 +93,7 @@ def test_report_tells_it_all(bundle):
     assert [one["target"] for one in facts["artifacts"]] == [one.target for one in manifest.artifacts]
     assert facts["calibration"]["images"] == 32
     assert "32 images: give 128" in facts["calibration"]["advice"]
-    assert len(facts["sensitivity"]) == len(lines_of(out / "model.onnx"))
+    assert len(facts["sensitivity"]) == len(layers_of(out / "model.onnx"))
     page = (out / "report.html").read_text()
     for text in ("trt-int8", "rank correlation", "What INT8 costs", "backbone.blocks.0.mlp.fc1"):
         assert text in page
@@ -188,6 +195,16 @@ def test_what_fails_is_refused_and_the_rest_is_shipped(people, tmp_path, monkeyp
     assert not (tmp_path / "none").exists()
 
 
+def test_quantizer_prints_nothing_and_takes_nobody_along(bundle, tmp_path, capfd):
+    out, _ = bundle
+    openvino.write_int8(out / "model.onnx", tmp_path / "model.xml", smooth_crops(16), ("heads.attributes.key_value",))
+    assert capfd.readouterr() == ("", "")
+    xml = (tmp_path / "model.xml").read_text()
+    assert xml.count('type="FakeQuantize"') > 10
+    with pytest.raises(ModelFileError, match="ended before it had quantized the model"):
+        openvino.run_alone(os.abort)
+
+
 def test_rtx_compiler_fuses_attention_and_computes_in_int8(people, tmp_path):
     if find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip("the compiler is not installed")
@@ -204,8 +221,24 @@ def test_rtx_compiler_fuses_attention_and_computes_in_int8(people, tmp_path):
     assert checks["files"].passed
 
 
+def test_rtx_compiler_fuses_all_blocks_of_the_model_that_ships(tmp_path):
+    """Its own list of layers: every linear layer a product of INT8, the attention of every block one kernel."""
+    if find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("the compiler is not installed")
+    source = open_source(STUDENT, "best")
+    model = ExportedModel(source.model, source.mean, source.std)
+    write_onnx(model, tmp_path / "model.onnx", size=model.size, outputs=model.outputs)
+    graph = onnx.load(tmp_path / "model.onnx")
+    ranges, _ = calibrate(graph, smooth_crops(16, model.size))
+    onnx.save(to_float16(quantize(graph, ranges)), tmp_path / "model.int8.onnx")
+    layers = tensorrt_rtx.compile_engine(tmp_path / "model.int8.onnx", tmp_path / "model.rtx")
+    assert layers.int8_products == len(quantizable(graph)) == 64
+    assert layers.fused_attention >= 12
+    assert (tmp_path / "model.rtx").stat().st_size > 5e6
+
+
 def test_a_missing_compiler_is_said_first(people, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_rtx, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)  # as import finds what is not installed
     with pytest.raises(BackendUnavailable, match=r"pip install 'dpal-edge\[tensorrt-rtx\]'"):
         export(people[0], tmp_path / "x", ExportSettings(targets=("trt-rtx-fp16",), calibration=(people[1],)))
 

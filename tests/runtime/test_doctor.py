@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,19 @@ def test_library_that_works_is_ready():
     assert "CPU" in found.devices  # it ran the one-node model there
 
 
-def test_openvino_lists_its_devices_and_is_not_used_yet():
+def test_openvino_lists_its_devices():
     pytest.importorskip("openvino")
     found = doctor._try("openvino")
-    assert (found.state, found.used) == ("ready", False)
+    assert (found.state, found.used) == ("ready", True)
     assert "CPU" in found.devices
+
+
+def test_rtx_compiler_loads_over_the_libraries_of_another_package():
+    if find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("the compiler is not installed")
+    found = doctor._try("tensorrt-rtx")
+    assert (found.state, found.used) == ("ready", True)
+    assert found.version
 
 
 def test_opencv_from_the_package_index_lacks_gstreamer():

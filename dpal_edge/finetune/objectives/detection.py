@@ -47,7 +47,7 @@ class DetectionObjective(nn.Module):
     Source: adaptive training sample selection (Zhang et al., 2020) with the varifocal loss (Zhang et al., 2021).
     Differs: weights pass from people to background with the quality, else those that hardly fit would be free to score
     high. A choice by what the network says of itself (TOOD, Feng et al., 2021) asks of it to prefer one of many places
-    inside a person, which short trainings do not teach: scores stayed at 0.3.
+    inside a person; short trainings got less far with it (bench/results/default_models.json has both courses).
     """
 
     task = "detection"
