@@ -33,8 +33,8 @@ class Linear:
 
     @property
     def name(self) -> str:
-        """The node's name, or its output's where it has none."""
-        return str(self.node.name or self.node.output[0])
+        """The node's name."""
+        return name_of(self.node)
 
 
 class Graph:
@@ -83,6 +83,11 @@ class Graph:
         while (node := self.producers.get(name)) is not None and node.op_type == "Cast":
             name = node.input[0]
         return name
+
+
+def name_of(node: NodeProto) -> str:
+    """Return a node's name, or its output's where it has none."""
+    return str(node.name or node.output[0])
 
 
 def attribute(node: NodeProto, name: str, default: int) -> int:

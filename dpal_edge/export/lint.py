@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.export.linears import DEQUANTIZE, LINEAR, QUANTIZE, Graph, Linear, attribute
+from dpal_edge.export.linears import DEQUANTIZE, LINEAR, QUANTIZE, Graph, Linear, attribute, name_of
 
 OPSETS = range(19, 21)  # FP16 scales came with 19; 20 is the last that TensorRT 10 reads
 _PASSED = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")  # move numbers without changing them
@@ -105,18 +105,17 @@ def _zero_points(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) ->
     for node in _quantized(graph):
         zero = _constant(graph, node, 2)
         if zero is not None and np.any(zero != 0):
-            yield Finding("zero-point", _ERROR, node.name, "not 0: quantize symmetrically, TensorRT knows no other way")
+            yield Finding("zero-point", _ERROR, name_of(node), "not 0: TensorRT knows only symmetric quantization")
 
 
 def _types(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
     for node in _quantized(graph):
         found = _stored_type(graph, node)
         if found == TensorProto.UINT8:
-            yield Finding("uint8", _ERROR, node.name, "UINT8: TensorRT reads it as INT8, wrong above 127; use INT8")
+            yield Finding("uint8", _ERROR, name_of(node), "UINT8: TensorRT reads it as INT8, wrong above 127; use INT8")
         elif found == TensorProto.INT32:
             yield Finding(
-                "int32-bias", _ERROR, node.name, "a bias quantized to INT32: TensorRT refuses it; leave biases as they "
-                "are"
+                "int32-bias", _ERROR, name_of(node), "a bias in INT32: TensorRT refuses it; leave biases in float"
             )  # fmt: skip
 
 
@@ -128,7 +127,7 @@ def _activation_scales(model: onnx.ModelProto, graph: Graph, linears: list[Linea
         scale = _constant(graph, node, 1)
         if scale is not None and scale.size > 1:
             yield Finding(
-                "activation-scale", _ERROR, node.name, f"{scale.size} scales for an activation: TensorRT takes one"
+                "activation-scale", _ERROR, name_of(node), f"{scale.size} scales for an activation: TensorRT takes one"
             )
 
 
@@ -136,9 +135,9 @@ def _scales(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iter
     for node in _quantized(graph):
         scale = _constant(graph, node, 1)
         if scale is None:
-            yield Finding("scale", _ERROR, node.name, "its scale is computed, expected a constant")
+            yield Finding("scale", _ERROR, name_of(node), "its scale is computed, expected a constant")
         elif not (np.isfinite(scale).all() and (scale > 0).all()):
-            yield Finding("scale", _ERROR, node.name, "a scale that is 0, negative or not finite; calibrate again")
+            yield Finding("scale", _ERROR, name_of(node), "a scale that is 0, negative or not finite; calibrate again")
 
 
 def _pairs(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
@@ -147,10 +146,10 @@ def _pairs(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Itera
             continue
         readers = graph.consumers[node.output[0]]
         if any(reader.op_type != DEQUANTIZE for reader in readers) or not readers:
-            yield Finding("pair", _ERROR, node.name, "no DequantizeLinear follows it; both mark a layer's input")
+            yield Finding("pair", _ERROR, name_of(node), "no DequantizeLinear follows it; both mark a layer's input")
         for reader in readers:
             if reader.op_type == DEQUANTIZE and not _same(graph, node, reader):
-                yield Finding("pair", _ERROR, node.name, f"{reader.name} undoes it with another scale or axis")
+                yield Finding("pair", _ERROR, name_of(node), f"{name_of(reader)} undoes it with another scale or axis")
 
 
 def _weight_axes(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
@@ -207,8 +206,8 @@ def _places(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iter
         for reader in _readers(graph, node.output[0]):
             if reader.op_type not in (*LINEAR, "ConvTranspose"):
                 yield Finding(
-                    "misplaced", _ERROR, node.name, f"feeds {reader.op_type} {reader.name}: residuals, norms and other "
-                    f"operators lose accuracy by it and fuse less; quantize inputs of linear layers alone"
+                    "misplaced", _ERROR, name_of(node), f"feeds {reader.op_type} {name_of(reader)}: residuals, norms "
+                    f"and others lose accuracy by it and fuse less; quantize inputs of linear layers alone"
                 )  # fmt: skip
 
 
@@ -216,14 +215,14 @@ def _body(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterat
     wide = [node for node in _quantized(graph) if _type_of(graph, node.input[1]) == TensorProto.FLOAT]
     if wide:
         yield Finding(
-            "float32-body", _ERROR, wide[0].name, f"this and {len(wide) - 1} more scales are FP32, so the rest "
+            "float32-body", _ERROR, name_of(wide[0]), f"this and {len(wide) - 1} more scales are FP32, so the rest "
             f"computes in FP32, in which TensorRT fuses no attention; convert the body to FP16"
         )  # fmt: skip
 
 
 def _decomposed(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
     count = Counter(node.op_type for node in graph.nodes)
-    first = {node.op_type: node.name for node in reversed(graph.nodes)}
+    first = {node.op_type: name_of(node) for node in reversed(graph.nodes)}
     if count["Erf"]:
         yield Finding("decomposed", _WARNING, first["Erf"], "GELU in parts: export with opset 20, where it is one")
     if count["ReduceMean"] >= 2 and count["Sqrt"] and count["Sub"]:

@@ -11,6 +11,7 @@ from dpal_edge.files import write_text
 from dpal_edge.html import page, table
 from dpal_edge.manifest import Artifact, FileSpec, Manifest
 
+_WIDER = {"int8": ("float16", "float32"), "float16": ("float32",)}  # what an artifact should be faster than
 _SHOWN = 20  # layers in the table of the most sensitive
 
 
@@ -49,16 +50,18 @@ def judge_in_words(artifact: Artifact, manifest: Manifest) -> str:
         return "exact"
     worst = min(artifact.verdicts, key=lambda verdict: verdict.found - verdict.least, default=None)
     text = f"passes; nearest to its limit: {worst.head}, {worst.measure} {worst.found:.4f}" if worst else "not judged"
-    same = [a for a in manifest.artifacts if a.file.file.endswith(Path(artifact.file.file).suffix) and a.latency]
-    slower = next((a for a in same if a.precision == ("float16" if artifact.precision == "int8" else "float32")), None)
-    if artifact.latency and slower is not None:
-        gain = slower.latency[-1].median_ms / artifact.latency[-1].median_ms
-        text += f"; {gain:.2f} times as fast as {slower.target} here" if gain > 1 else (
-            f"; here not faster than {slower.target} ({gain:.2f} times)"
-        )  # fmt: skip
-    elif not artifact.latency:
-        text += "; not run here"
-    return text
+    if not artifact.latency:
+        return f"{text}; not run here"
+    suffix, wider = Path(artifact.file.file).suffix, _WIDER[artifact.precision]
+    same = {a.precision: a for a in manifest.artifacts if a.latency and Path(a.file.file).suffix == suffix}
+    other = next((same[precision] for precision in wider if precision in same), None)
+    if other is None:
+        return text
+    gain = other.latency[-1].median_ms / artifact.latency[-1].median_ms
+    speed = (
+        f"{gain:.2f} times as fast as {other.target}" if gain > 1 else f"not faster than {other.target} ({gain:.2f})"
+    )
+    return f"{text}; {speed} here"
 
 
 def render(facts: dict[str, Any]) -> str:
