@@ -268,6 +268,20 @@ def verify(path: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", metavar="NAME", help="Engine to install for; by default all that are here are tried.")
+@_json_option
+def install(bundle: Path, backend: str | None, as_json: bool) -> None:
+    """Build what BUNDLE needs on this device, check and time every form of it, and keep the fastest that passes."""
+    from dpal_edge.install import installer  # only this command pays for it
+
+    result = installer.install(bundle, backend=backend, say=_say)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.as_text())
+    if result.chosen is None:
+        sys.exit(2)
+
+
+@main.command()
 @_json_option
 def doctor(as_json: bool) -> None:
     """Report what can run on this machine, what cannot, and how to mend it."""

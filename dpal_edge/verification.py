@@ -5,12 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.errors import BackendUnavailable
 from dpal_edge.manifest import Artifact, FileSpec, Manifest
 from dpal_edge.runtime.backend import ENGINES, open_backend
-from dpal_edge.runtime.model import Model, Outputs, largest_errors, worst_head
+from dpal_edge.runtime.model import Model, Outputs, largest_errors, read_goldens, worst_head
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def verify(path: Path) -> Verification:
         return Verification(str(path), (_lint(path.name, path),))
     manifest = Manifest.read(path)
     files = {artifact.target: manifest.open_artifact(path, artifact) for artifact in manifest.artifacts}
-    images, expected = _read_goldens(path, manifest)
+    images, expected = read_goldens(path, manifest)
     for document in manifest.documents:
         manifest.file(path, document)
     checks: list[Check] = []
@@ -82,15 +80,6 @@ def verify(path: Path) -> Verification:
 
 def _told(spec: FileSpec) -> str:
     return f"{spec.file} {spec.bytes / 1e6:.1f} MB, sha256 {spec.sha256[:12]}"
-
-
-def _read_goldens(path: Path, manifest: Manifest) -> tuple[Any, Outputs]:
-    file = manifest.file(path, manifest.golden)
-    try:
-        with np.load(file) as arrays:  # never unpickles
-            return arrays["images"], {head.name: arrays[head.name] for head in manifest.heads}
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{file}: not the goldens of this bundle ({error}); export it again") from error
 
 
 def _run(artifact: Artifact, file: Path, manifest: Manifest, images: Any, expected: Outputs) -> Check:

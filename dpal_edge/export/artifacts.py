@@ -1,6 +1,5 @@
 """The artifacts of a bundle: written, run, compared with float32 and judged; INT8 gives up layers until it passes."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,14 +21,13 @@ from dpal_edge.export.quantize import quantize
 from dpal_edge.export.sensitivity import Sensitivity, Switched, rank
 from dpal_edge.export.targets import TARGETS, Target
 from dpal_edge.manifest import Artifact, FileSpec, Latency, Manifest, Parity, Refusal, Verdict
-from dpal_edge.runtime.backend import Backend, open_backend
+from dpal_edge.runtime.backend import Backend, open_backend, time_in_turns
 from dpal_edge.runtime.model import Model
 
 _KEPT = (0, 1, 2, 4, 8, 16, 32)  # layers, the most sensitive first, that are tried in float
 _RANKED_IMAGES = 8  # that tell which layers are sensitive
 _ALLOWANCE = 1.5  # times the error that was measured here: what verify and install let pass elsewhere
 _TIMED = ((1, 20), (8, 5))  # batch, least calls
-_TIMED_S = 0.5  # seconds that calls of a batch are repeated for, at least
 
 
 @dataclass(frozen=True)
@@ -198,23 +196,9 @@ class Workshop:
         measured: dict[str, list[Latency]] = {name: [] for name in backends}
         for batch, least in _TIMED:
             images = self.compared[np.arange(batch) % len(self.compared)]
-            for name, times in time_in_turns(backends, images, least).items():
+            for name, times in time_in_turns(backends, {INPUT_NAME: images}, least).items():
                 measured[name].append(Latency(batch=batch, median_ms=1e3 * float(np.median(times)), runs=len(times)))
         return [replace(artifact, latency=tuple(measured.get(artifact.file.file, ()))) for artifact in artifacts]
-
-
-def time_in_turns(backends: Mapping[str, Backend], images: Crops, least: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, without a first one each."""
-    times: dict[str, list[float]] = {name: [] for name in backends}
-    for backend in backends.values():
-        backend.run({INPUT_NAME: images})
-    began = time.perf_counter()
-    while backends and (min(map(len, times.values())) < least or time.perf_counter() - began < _TIMED_S):
-        for name, backend in backends.items():
-            start = time.perf_counter()
-            backend.run({INPUT_NAME: images})
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.errors import BackendUnavailable
 from dpal_edge.runtime.rtx import load_bindings
+from dpal_edge.runtime.tensorrt import BuildOptions, build_engine
 
-_BATCHES = (1, 8, 32)  # least, best served, most
 _LAYER = re.compile(r"Name: (?P<name>[^,]*), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: ")
 _SYNCHRONISATION = ("signal", "wait", "shape_call")
 
@@ -24,38 +24,15 @@ class Layers:
 
 
 def compile_engine(graph: Path, path: Path) -> Layers:
-    """Compile an ONNX file ahead of time for all cards that TensorRT for RTX supports, for batches of 1 to 32.
+    """Compile an ONNX file ahead of time for all cards that TensorRT for RTX supports.
 
     Raises:
         BackendUnavailable: the packages are not installed.
         ModelFileError: the parser or the compiler refuses the graph.
     """
-    trt = _load()
-    lines: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]  # the bindings have no types
-        def log(self, severity: Any, message: str) -> None:
-            lines.append(message)
-
-    log = Log()
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(graph)):
-        reasons = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
-        raise ModelFileError(f"{graph.name}: TensorRT for RTX {trt.__version__} does not take it ({reasons})")
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log then lists the layers
-    profile = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        image = network.get_input(i)
-        profile.set_shape(image.name, *((batch, *tuple(image.shape)[1:]) for batch in _BATCHES))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise ModelFileError(f"{graph.name}: TensorRT for RTX {trt.__version__} cannot build it ({lines[-1]})")
-    path.write_bytes(bytes(engine))
-    return read_layers("\n".join(lines))
+    built = build_engine(_load(), graph, BuildOptions())
+    path.write_bytes(built.engine)
+    return read_layers("\n".join(built.log))
 
 
 def read_layers(log: str) -> Layers:

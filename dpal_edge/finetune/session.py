@@ -44,7 +44,7 @@ class Session:
         start = open_init(config)
         self.facts = start.facts
         size = crop_size(config, start.backbone)
-        self.objectives, held = open_objectives(config, size)
+        self.objectives, held = open_objectives(config, size, start.backbone.config.width)
         check_examples(list(self.objectives.values()))
         self.counts = config.counts({task: len(objective) for task, objective in self.objectives.items()})
         self.digest = digest(self.objectives)

@@ -84,8 +84,14 @@ def config_family(backbone: Student) -> str:
     return "vit" if isinstance(backbone, VisionTransformer) else "swin"
 
 
-def open_objectives(config: FinetuneConfig, size: tuple[int, int]) -> tuple[dict[str, Objective], dict[str, Objective]]:
+def open_objectives(
+    config: FinetuneConfig, size: tuple[int, int], width: int
+) -> tuple[dict[str, Objective], dict[str, Objective]]:
     """Read the tasks' data; return the objectives to train, and those of the held-out images.
+
+    Args:
+        size: height, width of person crops in pixels.
+        width: channels of the student's tokens.
 
     Raises:
         DataError: a folder is of no known layout, or more of its annotations are bad than is tolerated.
@@ -95,9 +101,9 @@ def open_objectives(config: FinetuneConfig, size: tuple[int, int]) -> tuple[dict
     for task, folder in parse_tasks(config.task).items():
         split = _read(task, folder, config)
         kept, out = _hold_out(split, config.validation_images, config.seed)
-        train[task] = _objective(task, kept, config, size)
+        train[task] = _objective(task, kept, config, size, width)
         if out.samples:
-            held[task] = _objective(task, out, replace(config, paste=None, backgrounds=None), size)
+            held[task] = _objective(task, out, replace(config, paste=None, backgrounds=None), size, width)
     return train, held
 
 
@@ -119,7 +125,7 @@ def _hold_out(split: Split[Any], count: int, seed: int) -> tuple[Split[Any], Spl
     return replace(split, samples=parts[0]), replace(split, samples=parts[1])
 
 
-def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple[int, int]) -> Objective:
+def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple[int, int], width: int) -> Objective:
     augmentation = config.augmentation(task)
     if task == "pose":
         return PoseObjective(split, size, augmentation, config.pose_head)
@@ -130,7 +136,8 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
     if task == "reid" and config.reid_teacher:
         teacher = EmbeddingTeacher.open(config.reid_teacher)
         images = [sample.image for sample in split.samples]
-        return EmbeddingObjective(images, size, augmentation, teacher, kind=config.embedding_head, mix=config.mix)
+        kind, mix = config.embedding_head, config.mix
+        return EmbeddingObjective(images, size, augmentation, teacher, kind=kind, mix=mix, width=width)
     if task == "reid":
         return IdentityObjective(split, size, augmentation, config.embedding_channels)
     detection = import_module("dpal_edge.finetune.objectives.detection")

@@ -10,6 +10,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 
+DEVICE = "cpu"  # unless another is asked for
+
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR_LEVEL = 3  # of ONNX Runtime's log: warnings about a fallback become our own error
 

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 
+DEVICE = "cpu"  # unless another is asked for
+
 _DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose by itself, such as AUTO
 _VERSION = ov.__version__.partition("-")[0]
 # Where a CPU has bfloat16 OpenVINO would use it by itself; layers that are quantized in the file stay quantized.

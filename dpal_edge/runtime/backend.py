@@ -1,6 +1,7 @@
 """Run one model file, whatever the engine."""
 
 import os
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,7 +13,15 @@ from numpy.typing import NDArray
 from dpal_edge.errors import BackendUnavailable
 
 # By file suffix, the preferred engine first; the engines are named like the packages that they come in.
-ENGINES = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
+ENGINES = {
+    ".onnx": ("onnxruntime", "openvino"),
+    ".xml": ("openvino",),
+    ".engine": ("tensorrt",),
+    ".rtx": ("tensorrt_rtx",),
+}
+
+
+_TIMED_S = 0.5  # that calls are repeated for, at least
 
 
 class Backend(Protocol):
@@ -30,10 +39,13 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(path: Path, *, engine: str | None = None, device: str = "cpu", threads: int | None = None) -> Backend:
+def open_backend(
+    path: Path, *, engine: str | None = None, device: str | None = None, threads: int | None = None
+) -> Backend:
     """Load ``path`` with ``engine``, or with the first one installed that reads files of its suffix.
 
     Args:
+        device: "cpu", "cuda", "gpu" or "npu", as the engine has them; ``None`` is its usual one.
         threads: CPU threads inside one operator; ``None`` is one per physical core.
 
     Raises:
@@ -45,8 +57,27 @@ def open_backend(path: Path, *, engine: str | None = None, device: str = "cpu", 
         module = import_module(f"dpal_edge.runtime._{engine}")
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"{path} needs {engine}: pip install 'dpal-edge[{engine}]'") from error
-    backend: Backend = module.load(path, device, threads or physical_cores())
+    backend: Backend = module.load(path, device or module.DEVICE, threads or physical_cores())
     return backend
+
+
+def time_in_turns(
+    backends: Mapping[str, Backend], feeds: Mapping[str, NDArray[Any]], least: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each call, ``least`` or more of them within half a second or more; a first is not counted.
+
+    All take turns, so that a busy moment meets all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in backends}
+    for backend in backends.values():
+        backend.run(feeds)
+    began = time.perf_counter()
+    while backends and (min(map(len, times.values())) < least or time.perf_counter() - began < _TIMED_S):
+        for name, backend in backends.items():
+            start = time.perf_counter()
+            backend.run(feeds)
+            times[name].append(time.perf_counter() - start)
+    return times
 
 
 def choose_engine(path: Path, engine: str | None = None) -> str:

@@ -86,7 +86,7 @@ class ModelDetector:
         bundle: Path | str = DEFAULT_DETECTOR,
         *,
         engine: str | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         threads: int | None = None,
         threshold: float = 0.4,
         iou: float = 0.6,

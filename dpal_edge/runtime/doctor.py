@@ -24,6 +24,7 @@ from pathlib import Path
 from dpal_edge import __version__
 from dpal_edge.runtime.device import CpuFeatures, Gpu, Jetson, cpu_features, gpus, jetson
 from dpal_edge.runtime.rtx import load_bindings
+from dpal_edge.runtime.tensorrt import SILENTLY_WRONG
 
 SCHEMA = 1
 
@@ -69,11 +70,6 @@ _STAGES = {
 
 # Packages that write the same files: whichever came last wins, the other is broken, and `pip check` says nothing.
 _RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("opencv-python", "opencv-python-headless"))
-
-# NVIDIA/TensorRT issues 4419, 4558, 4723 and 4742: ViT engines that build and then compute something else.
-_BAD_TENSORRT = ("10.3", "10.4")
-
-_USED = frozenset({"torch", "opencv", "onnxruntime", "openvino", "tensorrt-rtx"})  # TensorRT runs nothing yet
 
 # Names of libraries as shown -> the module that shows they are installed.
 _LIBRARIES = {
@@ -159,7 +155,6 @@ class Library:
         str, ...
     ] = ()  # CUDA devices, execution providers that ran a model, OpenVINO devices, or "GStreamer"
     reason: str = ""  # why it is broken
-    used: bool = True  # whether this version of dpal-edge runs anything with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,18 +249,17 @@ def _try_libraries() -> dict[str, Library]:
 
 def _try(name: str) -> Library:
     """Load and try one library in a new process."""
-    used = name in _USED
     if not _installed(_LIBRARIES[name]):
-        return Library(state="absent", used=used)
+        return Library(state="absent")
     command = [sys.executable, "-c", _BEFORE + _PROBES[name] + _AFTER]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, errors="replace")
     except subprocess.TimeoutExpired:
-        return Library(state="broken", reason=f"no answer within {_PROBE_SECONDS:.0f} s", used=used)
+        return Library(state="broken", reason=f"no answer within {_PROBE_SECONDS:.0f} s")
     if done.returncode:
-        return Library(state="broken", reason=_reason(done), used=used)
+        return Library(state="broken", reason=_reason(done))
     version, devices = json.loads(done.stdout.splitlines()[-1])
-    return Library(state="ready", version=version, devices=tuple(devices), used=used)
+    return Library(state="ready", version=version, devices=tuple(devices))
 
 
 def _reason(done: "subprocess.CompletedProcess[str]") -> str:
@@ -304,11 +298,11 @@ def _library_problems(report: Report) -> Iterator[Problem]:
                 remedy=f"pip uninstall -y {' '.join(rivals)}, then install only the one you need",
             )
     tensorrt = report.libraries["tensorrt"].version or ""
-    if ".".join(tensorrt.split(".")[:2]) in _BAD_TENSORRT:
+    if ".".join(tensorrt.split(".")[:2]) in SILENTLY_WRONG:
         yield Problem(
             what=f"TensorRT {tensorrt} is known to build ViT engines that compute wrong results without an error",
-            remedy="trust no ViT engine of it that was not compared with the bundle's golden outputs; newer releases, "
-            "as in JetPack 7, are not on the list",
+            remedy="use only engines that dpal-edge install built and found equal to the bundle's goldens; newer "
+            "releases, as in JetPack 7, are not on the list",
         )
 
 
@@ -360,7 +354,7 @@ def _stage_text(stage: Stage) -> str:
 def _library_rows(report: Report) -> Iterator[tuple[str, str]]:
     for name, library in report.libraries.items():
         yield name, _library_text(name, library)
-    yield "trtexec", f"{report.trtexec}, not used by this version yet" if report.trtexec else "absent"
+    yield "trtexec", report.trtexec or "absent"
 
 
 def _library_text(name: str, library: Library) -> str:
@@ -369,8 +363,7 @@ def _library_text(name: str, library: Library) -> str:
     if library.state == "broken":
         return f"broken: {library.reason}"
     found = ", ".join(library.devices) or _WITHOUT_DEVICES.get(name, "")
-    text = f"{library.version}, ready" + (f": {found}" if found else "")
-    return text if library.used else f"{text} (installed, not used by this version yet)"
+    return f"{library.version}, ready" + (f": {found}" if found else "")
 
 
 def _machine_rows(report: Report) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.manifest import Artifact, HeadSpec, Manifest
 from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
+from dpal_edge.runtime.installed import read_choice
 
 _MAX_BATCH = 32  # images per pass: bounds the memory a crowd can take
 _COMPILED = "trt"  # how targets begin that are compiled before they run
@@ -35,21 +36,31 @@ class Model:
 
     @classmethod
     def open(
-        cls, bundle: Path, *, engine: str | None = None, device: str = "cpu", threads: int | None = None
+        cls, bundle: Path, *, engine: str | None = None, device: str | None = None, threads: int | None = None
     ) -> "Model":
-        """Load the first artifact of ``bundle`` that can run here, after checking its hashes.
+        """Load what ``dpal-edge install`` chose of ``bundle``, or else the first artifact that can run here.
+
+        Hashes are checked first.
 
         Args:
             bundle: folder written by ``dpal-edge export``, or a manifest by its name.
-            engine: by default the first one installed that reads the artifact.
+            engine: the one to use, whatever is installed.
+            device: of the engine; by default its usual one.
             threads: CPU threads inside one operator; by default one per physical core.
 
         Raises:
-            ModelFileError: the bundle is damaged, or its model does not fit its manifest.
+            ModelFileError: the bundle or what was installed of it is damaged, or its model does not fit its manifest.
             BackendUnavailable: no engine here runs any of its artifacts.
         """
         manifest = Manifest.read(bundle)
-        path = manifest.open_artifact(bundle, choose_artifact(bundle, manifest, engine=engine))
+        choice = read_choice(bundle) if engine is None and device is None else None
+        if choice is None:
+            path = manifest.open_artifact(bundle, choose_artifact(bundle, manifest, engine=engine))
+        elif choice.file is not None:
+            path, engine = Path(choice.file), choice.engine
+        else:
+            artifact = choose_artifact(bundle, manifest, engine=choice.engine, target=choice.target)
+            path, engine = manifest.open_artifact(bundle, artifact), choice.engine
         return cls(open_backend(path, engine=engine, device=device, threads=threads), manifest)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
@@ -75,6 +86,20 @@ class Model:
     def close(self) -> None:
         """Free the memory."""
         self._backend = None
+
+
+def read_goldens(bundle: Path, manifest: Manifest) -> tuple[NDArray[np.uint8], Outputs]:
+    """Return the images (n, H, W, 3) that a bundle was proven on, and the float32 outputs of torch for them.
+
+    Raises:
+        ModelFileError: the file is missing, or damaged.
+    """
+    file = manifest.file(bundle, manifest.golden)
+    try:
+        with np.load(file) as arrays:  # never unpickles
+            return arrays["images"], {head.name: arrays[head.name] for head in manifest.heads}
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFileError(f"{file}: not the goldens of this bundle ({error}); export it again") from error
 
 
 def largest_errors(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> dict[str, float]:

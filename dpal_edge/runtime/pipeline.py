@@ -38,7 +38,7 @@ class Pipeline:
         *,
         detector: Detector | Path | str | None = None,
         engine: str | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         threads: int | None = None,
         tracker: bool = True,
     ) -> "Pipeline":

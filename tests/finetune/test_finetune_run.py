@@ -122,7 +122,7 @@ def test_learning_rates_decay_from_block_to_block(settings):
     config = build_config({**settings, "layer_decay": 0.5})
     start = open_init(config)
     size = crop_size(config, start.backbone)
-    train, _ = open_objectives(config, size)
+    train, _ = open_objectives(config, size, start.backbone.config.width)
     model = build_model(start, train, config)
     groups = parameter_groups(model, torch.nn.ModuleDict(), config)
     factors = {id(p): (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -153,7 +153,7 @@ def test_heads_of_the_init_go_on_where_they_were(settings, tmp_path):
     run_finetuning(build_config(settings), tmp_path / "first")
     config = build_config({**settings, "init": str(tmp_path / "first"), "task": settings["task"][:2], "share": []})
     start = open_init(config)
-    train, _ = open_objectives(config, crop_size(config, start.backbone))
+    train, _ = open_objectives(config, crop_size(config, start.backbone), start.backbone.config.width)
     model = build_model(start, train, config)
     first, _ = load_human(tmp_path / "first")
     assert torch.equal(model.heads["pose"].maps.weight, first.heads["pose"].maps.weight)

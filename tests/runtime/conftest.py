@@ -1,13 +1,48 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny_bundle import people_frame, write_bundle
 
+FAKES = Path(__file__).parent / "fake_gpu"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Keep installations of tests apart from the user's."""
+    monkeypatch.setenv("DPAL_EDGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
 
 @pytest.fixture
 def bundle(tmp_path) -> Path:
     return write_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def cudart(tmp_path_factory) -> Path:
+    """Compile the CUDA runtime without a GPU."""
+    path = tmp_path_factory.mktemp("cuda") / "libcudart.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", path, FAKES / "cudart.c"], check=True)
+    return path
+
+
+@pytest.fixture
+def gpu(cudart, monkeypatch) -> Callable[..., None]:
+    """Put a GPU with a TensorRT into the machine; keywords are what the two fakes read from the environment."""
+
+    def plug(**settings: object) -> None:
+        monkeypatch.setenv("FAKE_CUDART", str(cudart))
+        for name, value in settings.items():
+            monkeypatch.setenv(f"FAKE_{name.upper()}", str(value))
+        monkeypatch.setattr("dpal_edge.runtime.cuda._NAMES", (str(cudart),))
+        monkeypatch.syspath_prepend(str(FAKES))
+        sys.modules.pop("tensorrt", None)
+
+    yield plug
+    sys.modules.pop("tensorrt", None)
 
 
 @pytest.fixture

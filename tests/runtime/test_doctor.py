@@ -15,9 +15,9 @@ from dpal_edge.runtime.doctor import Library, as_json, examine, render
 
 READY = {
     "onnxruntime": Library(state="ready", version="1.31.1", devices=("CPU",)),
-    "openvino": Library(state="ready", version="2026.4.1", devices=("CPU",), used=False),
-    "tensorrt": Library(state="absent", used=False),
-    "tensorrt-rtx": Library(state="absent", used=False),
+    "openvino": Library(state="ready", version="2026.4.1", devices=("CPU",)),
+    "tensorrt": Library(state="absent"),
+    "tensorrt-rtx": Library(state="absent"),
     "opencv": Library(state="ready", version="4.14.0", devices=("GStreamer",)),
     "torch": Library(state="ready", version="2.15.0", devices=("NVIDIA H100",)),
 }
@@ -61,14 +61,14 @@ def _texts(report):
 def test_library_that_works_is_ready():
     ort = pytest.importorskip("onnxruntime")
     found = doctor._try("onnxruntime")
-    assert (found.state, found.version, found.used) == ("ready", ort.__version__, True)
+    assert (found.state, found.version) == ("ready", ort.__version__)
     assert "CPU" in found.devices  # it ran the one-node model there
 
 
 def test_openvino_lists_its_devices():
     pytest.importorskip("openvino")
     found = doctor._try("openvino")
-    assert (found.state, found.used) == ("ready", True)
+    assert found.state == "ready"
     assert "CPU" in found.devices
 
 
@@ -76,7 +76,7 @@ def test_rtx_compiler_loads_over_the_libraries_of_another_package():
     if find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip("the compiler is not installed")
     found = doctor._try("tensorrt-rtx")
-    assert (found.state, found.used) == ("ready", True)
+    assert found.state == "ready"
     assert found.version
 
 
@@ -89,7 +89,7 @@ def test_opencv_from_the_package_index_lacks_gstreamer():
 
 def test_absent_library(monkeypatch):
     monkeypatch.setitem(doctor._LIBRARIES, "tensorrt", "no_such_module")
-    assert doctor._try("tensorrt") == Library(state="absent", used=False)
+    assert doctor._try("tensorrt") == Library(state="absent")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_library_that_talks_on_standard_output(package):
         "class Logger:\n    ERROR = 1\n    def __init__(self, level): pass\n"
         "class Runtime:\n    def __init__(self, logger): pass",
     )
-    assert doctor._try("tensorrt") == Library(state="ready", version="10.16.2", used=False)
+    assert doctor._try("tensorrt") == Library(state="ready", version="10.16.2")
 
 
 def test_working_folder_is_not_imported_from(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_absent_module_names_the_extra(machine, monkeypatch):
     ("version", "bad"), [("10.3.0", True), ("10.4.0.26", True), ("10.13.3.9", False), ("10.30", False)]
 )
 def test_tensorrt_known_to_build_wrong_engines(machine, version, bad):
-    report = machine(tensorrt=Library(state="ready", version=version, used=False))
+    report = machine(tensorrt=Library(state="ready", version=version))
     assert [f"TensorRT {version} is known to build" in text for text in _texts(report)] == [True] * bad
 
 
@@ -225,13 +225,13 @@ def test_full_disk(machine):
     assert [problem.what for problem in doctor._machine_problems(report)] == ["only 0.4 GiB of disk are free here"]
 
 
-def test_text_fits_a_terminal_and_says_what_is_unused(machine):
+def test_text_fits_a_terminal(machine):
     long = "libnvinfer.so.10: cannot open shared object file: No such file or directory (needed by tensorrt)" * 2
     text = render(
         machine(tensorrt=Library(state="broken", reason=long), opencv=Library(state="ready", version="4.14.0"))
     )
     assert max(map(len, text.splitlines())) <= 96
-    assert re.search(r"openvino +2026\.4\.1, ready: CPU \(installed, not used by this version yet\)", text)
+    assert re.search(r"openvino +2026\.4\.1, ready: CPU\n", text)
 
 
 def test_json_has_the_documented_fields(machine):
@@ -239,7 +239,7 @@ def test_json_has_the_documented_fields(machine):
     assert set(data) == {field.name for field in dataclasses.fields(doctor.Report)}
     assert data["schema"] == 1
     assert set(data["libraries"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "opencv", "torch"}
-    assert set(data["libraries"]["torch"]) == {"state", "version", "devices", "reason", "used"}
+    assert set(data["libraries"]["torch"]) == {"state", "version", "devices", "reason"}
     assert set(data["stages"]) == {"train", "evaluate", "export", "run"}
     assert data["cpu"] == {
         "model": "ARM part 0xd42",

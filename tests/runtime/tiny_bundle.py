@@ -35,7 +35,7 @@ def reference(crops):
     return crops.astype(np.float32).mean(axis=(1, 2)) / 255 @ WEIGHT
 
 
-def write_model(path: Path) -> Path:
+def write_model(path: Path, name: str = "tiny") -> Path:
     height, width = SIZE
     nodes = [
         helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
@@ -46,7 +46,7 @@ def write_model(path: Path) -> Path:
     constants = {"axes": np.array([1, 2]), "white": np.array(255, np.float32), "weight": WEIGHT}
     graph = helper.make_graph(
         nodes,
-        "tiny",
+        name,
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", height, width, 3])],
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 5])],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],

@@ -1,0 +1,115 @@
+"""TensorRT as a backend: engines that ``dpal-edge install`` built on this device."""
+
+import math
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime.cuda import Buffer, Cuda, Graph, Stream
+from dpal_edge.runtime.tensorrt import import_tensorrt, listen
+
+DEVICE = "gpu"
+
+_STALE = "it was built by another TensorRT or for another GPU; build it again with: dpal-edge install BUNDLE"
+
+
+class TensorRtBackend:
+    """An engine with its buffers: one copy in, one launch of a CUDA graph per batch size, one copy out.
+
+    The first call of a batch size runs as TensorRT queues it and is recorded; later ones replay the record. Outputs are
+    copies, so they outlive the next call.
+    """
+
+    def __init__(self, engine: Any, trt: Any, cuda: Cuda, log: Any, name: str) -> None:
+        """Most callers want ``load``."""
+        self.name = f"{name} {trt.__version__} {cuda.gpu}"
+        self._log = log
+        context = engine.create_execution_context()
+        if context is None:
+            raise ModelFileError(f"{self.name}: no memory for the engine's activations ({log.reason()})")
+        self._context = context
+        self._stream = Stream(cuda)
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        entering = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self._types = {n: np.dtype(trt.nptype(engine.get_tensor_dtype(n))) for n in names}
+        self._shapes = {n: tuple(engine.get_tensor_shape(n)) for n in names}
+        self.inputs = {n: tuple(None if side < 0 else side for side in self._shapes[n]) for n in entering}
+        self.most = min(int(engine.get_tensor_profile_shape(n, 0)[2][0]) for n in entering)  # images at a time
+        self._leaving = [n for n in names if n not in entering]
+        self._buffers = {n: Buffer(cuda, self.most * self._bytes(n)) for n in names}
+        for name, buffer in self._buffers.items():
+            context.set_tensor_address(name, int(buffer.device.value or 0))
+        self._graphs: dict[int, Graph] = {}
+        self.close = weakref.finalize(self, _free, self._graphs, [*self._buffers.values(), self._stream])
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Map arrays by input name to arrays by output name."""
+        found = {name: (array.dtype, array.shape[1:]) for name, array in feeds.items()}
+        expected = {name: (self._types[name], self._shapes[name][1:]) for name in self.inputs}
+        counts = {len(array) for array in feeds.values()}
+        if found != expected or len(counts) != 1:
+            raise ModelFileError(f"{self.name} cannot run the model on these inputs: {found}, expected {expected}")
+        [count] = counts
+        if not 1 <= count <= self.most:
+            raise ModelFileError(f"{self.name}: {count} images at a time, expected 1 to {self.most}")
+        for name, array in feeds.items():
+            self._view(name, count)[...] = array
+        if count in self._graphs:
+            self._graphs[count].launch(self._stream)
+        else:
+            self._queue(count)
+            self._stream.wait()  # a capture must not find work that is under way
+            self._graphs[count] = self._stream.record(lambda: self._queue(count))
+        self._stream.wait()
+        return {name: self._view(name, count).copy() for name in self._leaving}
+
+    def _queue(self, count: int) -> None:
+        """Queue the copies and the engine for ``count`` images."""
+        for name in self.inputs:
+            self._context.set_input_shape(name, (count, *self._shapes[name][1:]))
+            self._buffers[name].upload(self._stream, count * self._bytes(name))
+        if not self._context.execute_async_v3(int(self._stream.handle.value or 0)):
+            raise ModelFileError(f"{self.name}: the engine failed ({self._log.reason()})")
+        for name in self._leaving:
+            self._buffers[name].download(self._stream, count * self._bytes(name))
+
+    def _bytes(self, name: str) -> int:
+        """Return the bytes of one image's part of a tensor."""
+        return int(math.prod(self._shapes[name][1:]) * self._types[name].itemsize)
+
+    def _view(self, name: str, count: int) -> NDArray[Any]:
+        """Return the host's side of a tensor for ``count`` images."""
+        filled: NDArray[Any] = self._buffers[name].bytes[: count * self._bytes(name)].view(self._types[name])
+        return filled.reshape(count, *self._shapes[name][1:])
+
+
+def load(path: Path, device: str, threads: int) -> TensorRtBackend:
+    """Open the engine file ``path``; it runs on the GPU, and ``threads`` of the CPU mean nothing to it.
+
+    Raises:
+        BackendUnavailable: no TensorRT, no GPU, or another device is asked for.
+        ModelFileError: the file is no engine of this TensorRT and this GPU.
+    """
+    return open_engine(path, device, import_tensorrt(), "tensorrt")
+
+
+def open_engine(path: Path, device: str, trt: Any, name: str) -> TensorRtBackend:
+    """Open an engine file with the bindings ``trt``, which users know as ``name``."""
+    if device != DEVICE:
+        raise BackendUnavailable(f"{path}: {name} has no device {device!r}, expected {DEVICE}")
+    cuda = Cuda.open()
+    log = listen(trt)
+    engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise ModelFileError(f"{path}: {name} {trt.__version__} cannot load it ({log.reason()}); {_STALE}")
+    return TensorRtBackend(engine, trt, cuda, log, name)
+
+
+def _free(graphs: dict[int, Graph], resources: list[Buffer | Stream]) -> None:
+    for resource in (*graphs.values(), *resources):
+        resource.free()

@@ -1,0 +1,123 @@
+"""TensorRT's compiler: one builder for TensorRT 10.3 to 11 and TensorRT for RTX, which asks what a version has.
+
+Graphs say their own precision (strongly typed), so nothing is set that a version may have dropped: no precision flag,
+no calibrator.
+"""
+
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+
+# Versions whose engines of ViTs build and then compute something else: NVIDIA/TensorRT 4419, 4558, 4723 and 4742.
+SILENTLY_WRONG = ("10.3", "10.4")
+
+_OLDEST = 10  # major version: 8.6 builds no strongly typed networks, its parser stops at opset 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What was asked of the compiler; part of an engine's fingerprint."""
+
+    batches: tuple[int, int, int] = (1, 8, 32)  # least, best served, most images at a time
+    workspace: int = 1 << 30  # most bytes that a layer may take while it runs
+    optimization_level: int = 3  # 0 to 5: how long the compiler searches; 3 is its own choice
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {**asdict(self), "batches": list(self.batches)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What the compiler made of a graph."""
+
+    engine: bytes
+    log: tuple[str, ...]  # with a line for each layer
+    timing_cache: bytes  # what it measured, which makes the next build shorter; empty where it keeps none
+
+
+def import_tensorrt() -> Any:
+    """Import TensorRT.
+
+    Raises:
+        BackendUnavailable: it is not here, does not load, or is too old.
+    """
+    try:
+        trt = import_module("tensorrt")
+    except (ImportError, OSError) as error:  # OSError: a library of another JetPack
+        raise BackendUnavailable(
+            f"TensorRT cannot be imported ({error}); JetPack installs it for the system's Python: make the environment "
+            f"with python3 -m venv --system-site-packages"
+        ) from error
+    if int(trt.__version__.partition(".")[0]) < _OLDEST:
+        raise BackendUnavailable(
+            f"TensorRT {trt.__version__} is older than the strongly typed graphs of this package need; 10.3 or later "
+            f"comes with JetPack 6.1"
+        )
+    return trt
+
+
+def listen(trt: Any) -> Any:
+    """Return a logger for TensorRT that keeps what it is told in ``lines``; ``reason()`` is the last complaint."""
+    complaints = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING)
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # super() does not reach the constructor of a bound class
+            self.lines: list[str] = []
+            self._complaint = "it does not say why"
+
+        def log(self, severity: Any, message: str) -> None:
+            self.lines.append(message)
+            if severity in complaints:
+                self._complaint = " ".join(message.split())
+
+        def reason(self) -> str:
+            return self._complaint
+
+    return Log()
+
+
+def build_engine(trt: Any, graph: Path, options: BuildOptions, *, timing_cache: bytes = b"") -> Built:
+    """Compile the ONNX file ``graph``, whose first axes are batches, with the bindings ``trt``.
+
+    Args:
+        timing_cache: of an earlier build by the same version on the same GPU.
+
+    Raises:
+        ModelFileError: the parser or the compiler refuses the graph; TensorRT's own words say why.
+    """
+    log = listen(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        reasons = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
+        raise ModelFileError(f"{graph.name}: TensorRT {trt.__version__} does not take it ({reasons})")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log and the inspector then tell the layers
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    config.builder_optimization_level = options.optimization_level
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        image = network.get_input(i)
+        profile.set_shape(image.name, *((batch, *tuple(image.shape)[1:]) for batch in options.batches))
+    config.add_optimization_profile(profile)
+    cache = config.create_timing_cache(timing_cache)
+    config.set_timing_cache(cache, False)  # one of another GPU or version is left unused, with a message
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise ModelFileError(f"{graph.name}: TensorRT {trt.__version__} cannot build it ({log.reason()})")
+    measured = config.get_timing_cache()
+    kept = b"" if measured is None else bytes(measured.serialize())
+    return Built(engine=bytes(engine), log=tuple(log.lines), timing_cache=kept)
+
+
+def _network_flags(trt: Any) -> int:
+    """Return the flags of a strongly typed network of explicit batches, as far as this version has to be told."""
+    kinds = trt.NetworkDefinitionCreationFlag
+    wanted = ("EXPLICIT_BATCH", "STRONGLY_TYPED")  # the first is gone from 11, where nothing else exists
+    return sum(1 << int(getattr(kinds, name)) for name in wanted if hasattr(kinds, name))

@@ -1,0 +1,156 @@
+"""Engines on a GPU that is not there: real ctypes calls into a compiled library, and a TensorRT that computes here."""
+
+import ctypes
+import gc
+
+import numpy as np
+import pytest
+from tiny_bundle import SIZE, reference, write_model
+
+from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime.backend import open_backend
+from dpal_edge.runtime.cuda import Buffer, Cuda, Stream
+from dpal_edge.runtime.tensorrt import BuildOptions, build_engine, import_tensorrt
+
+
+def build(tmp_path, **options):
+    path = tmp_path / "model.engine"
+    built = build_engine(import_tensorrt(), write_model(tmp_path / "model.onnx"), BuildOptions(**options))
+    path.write_bytes(built.engine)
+    return path
+
+
+def crops(count):
+    return np.random.default_rng(count).integers(0, 256, (count, *SIZE, 3), np.uint8)
+
+
+def counter(cudart, name):
+    return ctypes.c_int.in_dll(ctypes.CDLL(str(cudart)), name)
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.16.1", "11.4.0"])
+@pytest.mark.parametrize("integrated", [0, 1])
+def test_an_engine_computes_what_its_graph_says(tmp_path, gpu, cudart, version, integrated):
+    gpu(tensorrt=version, integrated=integrated)
+    backend = open_backend(build(tmp_path))
+    assert backend.name == f"tensorrt {version} Fake Orin"
+    assert dict(backend.inputs) == {"images": (None, *SIZE, 3)}
+    copies, launches = counter(cudart, "copies"), counter(cudart, "launches")
+    for count in (1, 5, 32, 5, 1, 5):  # queued at first, launched as a graph later
+        before = copies.value, launches.value
+        images = crops(count)
+        np.testing.assert_allclose(backend.run({"images": images})["embedding"], reference(images), rtol=1e-5)
+        assert copies.value - before[0] == (0 if integrated else 2)
+    assert launches.value >= 3
+
+
+def test_outputs_outlive_the_next_call(tmp_path, gpu):
+    gpu()
+    backend = open_backend(build(tmp_path))
+    first = backend.run({"images": crops(2)})["embedding"]
+    kept = first.copy()
+    backend.run({"images": crops(2)[::-1].copy()})
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_all_is_given_back(tmp_path, gpu, cudart):
+    gpu()
+    gc.collect()
+    live = counter(cudart, "live")
+    before = live.value
+    backend = open_backend(build(tmp_path))
+    for count in (1, 2, 2, 3, 3):
+        backend.run({"images": crops(count)})
+    assert live.value > before
+    del backend
+    gc.collect()
+    assert live.value == before
+
+
+def test_inputs_that_do_not_fit(tmp_path, gpu):
+    gpu()
+    backend = open_backend(build(tmp_path, batches=(1, 2, 4)))
+    with pytest.raises(ModelFileError, match="5 images at a time, expected 1 to 4"):
+        backend.run({"images": crops(5)})
+    with pytest.raises(ModelFileError, match="0 images at a time"):
+        backend.run({"images": crops(0)})
+    with pytest.raises(ModelFileError, match="cannot run the model on these inputs"):
+        backend.run({"images": crops(2).astype(np.float32)})
+    with pytest.raises(ModelFileError, match="cannot run the model on these inputs"):
+        backend.run({"images": crops(2)[:, 1:]})
+
+
+def test_engines_of_another_version_or_of_nothing(tmp_path, gpu):
+    gpu(tensorrt="10.3.0")
+    path = build(tmp_path)
+    gpu(tensorrt="10.16.1")
+    with pytest.raises(ModelFileError, match=r"expecting library version 10\.16\.1 got 10\.3\.0.*dpal-edge install"):
+        open_backend(path)
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(ModelFileError, match="magicTagRead"):
+        open_backend(path)
+
+
+def test_machines_without(tmp_path, gpu, monkeypatch):
+    gpu()
+    path = build(tmp_path)
+    with pytest.raises(BackendUnavailable, match="tensorrt has no device 'cpu', expected gpu"):
+        open_backend(path, device="cpu")
+    gpu(devices=0)
+    with pytest.raises(BackendUnavailable, match=r"CUDA has no GPU to run on \(no device\)"):
+        open_backend(path)
+    monkeypatch.setattr("dpal_edge.runtime.cuda._NAMES", ("libnothing.so",))
+    with pytest.raises(BackendUnavailable, match="libcudart was not found"):
+        open_backend(path)
+
+
+def test_no_tensorrt_and_one_that_is_too_old(gpu):
+    with pytest.raises(BackendUnavailable, match=r"cannot be imported.*system-site-packages"):
+        import_tensorrt()
+    gpu(tensorrt="8.6.2")
+    with pytest.raises(BackendUnavailable, match=r"TensorRT 8\.6\.2 is older.*JetPack 6\.1"):
+        import_tensorrt()
+
+
+def test_graphs_that_are_refused(tmp_path, gpu):
+    gpu(refuse=1)
+    with pytest.raises(ModelFileError, match=r"cannot build it .Error Code 10: no implementation for node 7"):
+        build(tmp_path)
+    (tmp_path / "text.onnx").write_text("not a graph")
+    with pytest.raises(ModelFileError, match=r"text\.onnx: TensorRT 10\.3\.0 does not take it .In node 0: not a graph"):
+        build_engine(import_tensorrt(), tmp_path / "text.onnx", BuildOptions())
+
+
+def test_what_was_measured_starts_the_next_build(tmp_path, gpu):
+    gpu()
+    graph = write_model(tmp_path / "model.onnx")
+    first = build_engine(import_tensorrt(), graph, BuildOptions())
+    again = build_engine(import_tensorrt(), graph, BuildOptions(), timing_cache=first.timing_cache)
+    assert (first.timing_cache, again.timing_cache) == (b"measured\n", b"measured\nmeasured\n")
+
+
+def test_cuda_says_what_failed(gpu):
+    gpu()
+    cuda = Cuda.open()
+    assert (cuda.gpu, cuda.capability, cuda.free_memory()) == ("Fake Orin", "8.7", 4 << 30)
+    with pytest.raises(ModelFileError, match=r"cudaMemcpyAsync failed: invalid argument \(error 1\)"):
+        cuda.call("cudaMemcpyAsync", None, None, 0, 7, None)
+
+
+def test_a_failure_within_a_recording_ends_it(gpu):
+    gpu()
+    cuda = Cuda.open()
+    stream = Stream(cuda)
+
+    def fail():
+        raise ModelFileError("no")
+
+    with pytest.raises(ModelFileError, match="no"):
+        stream.record(fail)
+    stream.wait()  # the library refuses while a capture is under way
+    buffer = Buffer(cuda, 4)
+    buffer.bytes[:] = 7
+    buffer.upload(stream, 4)
+    buffer.bytes[:] = 0
+    buffer.download(stream, 4)
+    assert buffer.bytes.tolist() == [7] * 4
