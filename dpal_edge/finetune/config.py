@@ -13,6 +13,7 @@ from dpal_edge.train.config import check_fields, coerce
 _POSITIVE = ("steps", "batch", "lr", "log_every", "save_every", "keep", "parsing_channels", "embedding_channels")
 _SHARES = ("warmup", "layer_decay", "ema_decay", "drop_path", "mix", "paste_share", "mosaic")
 _WEIGHTS = {"attributes": 0.1}  # a sum over attributes would drown the others
+_FAR_SHARE = 0.5  # of views that a teacher of embeddings sees, reduced as if the person were far away
 _GENTLE_TURN = 10.0  # degrees: people who are recognised stand upright
 
 
@@ -131,7 +132,11 @@ class FinetuneConfig:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)}
         if task not in ("pose", "parsing"):
             fields["rotate"] = min(self.rotate, _GENTLE_TURN)
-        if not (task == "reid" and self.reid_teacher):
+        if task == "reid" and self.reid_teacher:
+            # The teacher is shown the view itself, so it may differ as much as cameras and lamps do.
+            fields["colour"] = min(2 * self.colour, 0.9)
+            fields["low_resolution"] = max(self.low_resolution, _FAR_SHARE)
+        else:
             fields["hue"] = 0.0
         return Augmentation(**fields)
 

@@ -70,9 +70,7 @@ class Maker:
         athletes, fashion = self.data / "lspet" / "train", self.data / "ccp" / "train_images"
         for source in (athletes, fashion, self.work / "footage" / "crops"):
             link_images(source, self.work / "unlabelled" / f"{source.parent.name}_{source.name}")
-        # Who is to be recognised walks upright, so of the athletes every third will do.
-        link_images(athletes, self.work / "embedded" / "lspet_train", every=3)
-        for source in (fashion, self.work / "footage" / "crops", self.work / "pedestrians"):
+        for source in (athletes, fashion, self.work / "footage" / "crops", self.work / "pedestrians"):
             link_images(source, self.work / "embedded" / f"{source.parent.name}_{source.name}")
 
     def teacher(self) -> None:
@@ -194,10 +192,10 @@ class Maker:
                  "--config", HERE / config, *paste, *settings, *_resume(run))  # fmt: skip
 
 
-def link_images(folder: Path, out: Path, *, prefixes: tuple[str, ...] = ("",), every: int = 1) -> Path:
-    """Link every so many of the images of ``folder`` whose names begin so into ``out``, and return it."""
+def link_images(folder: Path, out: Path, *, prefixes: tuple[str, ...] = ("",)) -> Path:
+    """Link the images of ``folder`` whose names begin so into ``out``, and return it."""
     out.mkdir(parents=True, exist_ok=True)
-    for image in sorted(image for image in folder.iterdir() if image.name.startswith(prefixes))[::every]:
+    for image in sorted(image for image in folder.iterdir() if image.name.startswith(prefixes)):
         (out / image.name).unlink(missing_ok=True)
         (out / image.name).symlink_to(image.resolve())
     return out

@@ -1,6 +1,6 @@
 """Make pedestrians for an embedding to learn from: people cut out by their masks, recoloured, before other backgrounds.
 
-    python scripts/default_models/pedestrians.py --people LIP_FOLDER --backgrounds DIR --out DIR [--count 12000]
+    python scripts/default_models/pedestrians.py --people LIP_FOLDER --backgrounds DIR --out DIR [--count 8000]
 
 Each garment of a person gets a hue and a brightness of its own, so few hundred people become thousands of outfits. The
 crops are as detectors cut them from street cameras: upright, more or less tight, of low resolution, compressed.
@@ -63,7 +63,7 @@ def compose(person: Image.Image, background: Image.Image, rng: np.random.Generat
 @click.option("--people", required=True, type=click.Path(exists=True, path_type=Path), help="In the layout of LIP.")
 @click.option("--backgrounds", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--count", default=12000, show_default=True)
+@click.option("--count", default=8000, show_default=True)
 def main(people: Path, backgrounds: Path, out: Path, count: int) -> None:
     """Write COUNT crops."""
     split, places = read_lip(people, "train"), find_images((str(backgrounds),)).paths
