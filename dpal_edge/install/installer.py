@@ -1,7 +1,7 @@
 """``dpal-edge install``: every form of a bundle that can run on this device, checked and timed; the fastest stays."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from dpal_edge.install.trtexec import TrtExec
 from dpal_edge.manifest import Artifact, Latency, Manifest
 from dpal_edge.runtime.backend import ENGINES, Backend, open_backend, time_in_turns
 from dpal_edge.runtime.cuda import Cuda
+from dpal_edge.runtime.device import cpu_features
 from dpal_edge.runtime.installed import Choice, write_record
 from dpal_edge.runtime.model import Model, Outputs, largest_errors, read_goldens, worst_head
 from dpal_edge.runtime.tensorrt import SILENTLY_WRONG, BuildOptions
@@ -32,6 +33,7 @@ class Attempt:
 
     target: str
     engine: str  # that runs it
+    precision: str | None = None  # that the engine is told to compute in; None: the file's own
     passed: bool | None  # None: it cannot run here
     found: str  # in words
     error: float | None = None  # largest, over the largest output of the same head
@@ -39,6 +41,11 @@ class Attempt:
     latency: tuple[Latency, ...] = ()
     file: str | None = None  # the engine in the cache; None: the bundle's own file
     sha256: str = ""  # of that file
+
+    @property
+    def runner(self) -> str:
+        """The engine, and the precision if one was chosen."""
+        return f"{self.engine} {self.precision}" if self.precision else self.engine
 
     def median_ms(self, batch: int) -> float:
         """Return the time of a call with ``batch`` images."""
@@ -65,11 +72,11 @@ class Installation:
         for attempt in self.attempts:
             times = ", ".join(f"{latency.median_ms:.2f} ms for {latency.batch}" for latency in attempt.latency)
             told = f"{attempt.found}; {times}" if times else attempt.found
-            lines.append(f"{words[attempt.passed]:<8}{attempt.target:<15}{attempt.engine:<13}{told}")
+            lines.append(f"{words[attempt.passed]:<8}{attempt.target:<15}{attempt.runner:<15}{told}")
         if self.chosen is None:
             return "\n".join([*lines, f"{self.bundle}: nothing here runs it as it should; nothing was installed"])
         chosen = self.chosen
-        best = f"{chosen.target} with {chosen.engine}, {chosen.median_ms(_RANKED):.2f} ms for {_RANKED} people"
+        best = f"{chosen.target} with {chosen.runner}, {chosen.median_ms(_RANKED):.2f} ms for {_RANKED} people"
         use = f"the engine is {chosen.file}" if self.record is None else "dpal-edge run and Pipeline.open now use it"
         return "\n".join([*lines, f"{self.bundle}: {best}; {use}"])
 
@@ -77,8 +84,8 @@ class Installation:
 def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], None]) -> Installation:
     """Build, check and time what can run on this device, and record the fastest form that passed.
 
-    Every form is compared with the goldens. One that was compiled for a GPU may differ more than on the host that
-    exported it, since its sums are in half precision: 2 % of the largest output, unless the bundle allows more.
+    Every form is compared with the goldens. One that a GPU or a CPU computes in half precision may differ more than on
+    the host that exported it, where sums are in float32: 2 % of the largest output, unless the bundle allows more.
 
     Args:
         bundle: folder written by ``dpal-edge export``, or a manifest.
@@ -94,9 +101,9 @@ def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], No
         raise BackendUnavailable(f"no engine {backend!r}, expected one of: {', '.join(known)}")
     installer = _Installer(bundle, Manifest.read(bundle), say)
     attempts = [
-        installer.attempt(artifact, engine)
+        installer.attempt(artifact, engine, precision)
         for artifact in installer.manifest.artifacts
-        for engine in _engines(artifact)
+        for engine, precision in _engines(artifact)
         if backend in (None, engine)
     ]
     attempts = installer.time(attempts)
@@ -104,17 +111,22 @@ def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], No
     chosen = min(passed, key=lambda a: (a.engine == _TRTEXEC, a.median_ms(_RANKED)), default=None)
     record = None
     if chosen is not None and chosen.engine != _TRTEXEC:
-        choice = Choice(target=chosen.target, engine=chosen.engine, file=chosen.file, sha256=chosen.sha256)
+        choice = Choice(target=chosen.target, engine=chosen.engine, precision=chosen.precision, file=chosen.file,
+                        sha256=chosen.sha256)  # fmt: skip
         record = str(write_record(bundle, choice, {"attempts": [asdict(attempt) for attempt in attempts]}))
     return Installation(bundle=str(bundle), attempts=tuple(attempts), chosen=chosen, record=record)
 
 
-def _engines(artifact: Artifact) -> tuple[str, ...]:
-    """Return the engines that may run an artifact on a device."""
+def _engines(artifact: Artifact) -> Iterator[tuple[str, str | None]]:
+    """Yield the engines that may run an artifact on a device, and the precisions that each may be told."""
     if artifact.target in _BUILT:
-        return ("tensorrt",)
+        yield "tensorrt", None
+        return
     readers = ENGINES.get(Path(artifact.file.file).suffix, ())
-    return tuple(name for name in readers if name == "tensorrt_rtx" or find_spec(name)) or readers[:1]
+    for name in tuple(name for name in readers if name == "tensorrt_rtx" or find_spec(name)) or readers[:1]:
+        yield name, None
+        if name == "openvino" and artifact.precision != "int8" and cpu_features().fast_bf16:
+            yield name, "bf16"
 
 
 class _Installer:
@@ -127,9 +139,9 @@ class _Installer:
         self._trtexec: TrtExec | None = None
         self._builder: Builder | None = None
 
-    def attempt(self, artifact: Artifact, engine: str) -> Attempt:
+    def attempt(self, artifact: Artifact, engine: str, precision: str | None) -> Attempt:
         """Build what has to be built, and compare with the goldens."""
-        attempt = Attempt(target=artifact.target, engine=engine, passed=None, found="")
+        attempt = Attempt(target=artifact.target, engine=engine, precision=precision, passed=None, found="")
         file = self.manifest.open_artifact(self.bundle, artifact)
         try:
             if artifact.target in _BUILT:
@@ -143,14 +155,14 @@ class _Installer:
         errors = largest_errors(found, self._expected)
         worst = worst_head(errors)
         allowed = artifact.parity.tolerance
-        if engine.startswith("tensorrt"):
+        if precision or engine.startswith("tensorrt"):
             allowed = max(allowed, _HALF_ALLOWANCE)
         text = f"{name}: error {errors[worst]:.1e} ({worst}), allowed {allowed:.1e}"
         return replace(attempt, passed=bool(errors[worst] <= allowed), found=text, error=errors[worst], allowed=allowed)
 
     def time(self, attempts: list[Attempt]) -> list[Attempt]:
         """Time in turns all that passed."""
-        passed = {(a.target, a.engine): a for a in attempts if a.passed}
+        passed = {(a.target, a.runner): a for a in attempts if a.passed}
         measured: dict[tuple[str, str], list[Latency]] = {key: [] for key in passed}
         for batch, least in _BATCHES:
             images = self._images[np.arange(batch) % len(self._images)]
@@ -160,7 +172,7 @@ class _Installer:
                 calls = times.get("/".join(key)) or self._require_trtexec().times(Path(str(attempt.file)), batch)
                 median = 1e3 * float(np.median(calls))
                 measured[key].append(Latency(batch=batch, median_ms=median, runs=len(calls)))
-        return [replace(a, latency=tuple(measured.get((a.target, a.engine), ()))) for a in attempts]
+        return [replace(a, latency=tuple(measured.get((a.target, a.runner), ()))) for a in attempts]
 
     def _build(self, attempt: Attempt, graph: Path) -> tuple[Attempt, Path]:
         """Obtain an engine, and say how long that took."""
@@ -179,8 +191,8 @@ class _Installer:
         if attempt.engine == _TRTEXEC:
             trtexec = self._require_trtexec()
             return trtexec.outputs(file, {self.manifest.input.name: self._images}), trtexec.name
-        backend = open_backend(file, engine=attempt.engine)
-        self._open[attempt.target, attempt.engine] = backend
+        backend = open_backend(file, engine=attempt.engine, precision=attempt.precision)
+        self._open[attempt.target, attempt.runner] = backend
         return Model(backend, self.manifest).run(self._images), backend.name
 
     def _require_builder(self) -> Builder:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime.backend import require_own_precision
 
 DEVICE = "cpu"  # unless another is asked for
 
@@ -46,8 +47,9 @@ class OnnxRuntimeBackend:
         return dict(zip(self._outputs, outputs, strict=True))
 
 
-def load(path: Path, device: str, threads: int) -> OnnxRuntimeBackend:
+def load(path: Path, device: str, threads: int, precision: str | None) -> OnnxRuntimeBackend:
     """Open ``path`` on ``device`` ("cpu" or "cuda") with ``threads`` CPU threads per operator."""
+    require_own_precision(path, precision)
     provider = _PROVIDERS.get(device)
     if provider not in ort.get_available_providers():
         usable = [name for name, value in _PROVIDERS.items() if value in ort.get_available_providers()]

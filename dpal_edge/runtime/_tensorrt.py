@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
+from dpal_edge.runtime.backend import require_own_precision
 from dpal_edge.runtime.cuda import Buffer, Cuda, Graph, Stream
 from dpal_edge.runtime.tensorrt import import_tensorrt, listen
 
@@ -88,13 +89,14 @@ class TensorRtBackend:
         return filled.reshape(count, *self._shapes[name][1:])
 
 
-def load(path: Path, device: str, threads: int) -> TensorRtBackend:
+def load(path: Path, device: str, threads: int, precision: str | None) -> TensorRtBackend:
     """Open the engine file ``path``; it runs on the GPU, and ``threads`` of the CPU mean nothing to it.
 
     Raises:
         BackendUnavailable: no TensorRT, no GPU, or another device is asked for.
         ModelFileError: the file is no engine of this TensorRT and this GPU.
     """
+    require_own_precision(path, precision)
     return open_engine(path, device, import_tensorrt(), "tensorrt")
 
 

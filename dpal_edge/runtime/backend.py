@@ -40,16 +40,22 @@ class Backend(Protocol):
 
 
 def open_backend(
-    path: Path, *, engine: str | None = None, device: str | None = None, threads: int | None = None
+    path: Path,
+    *,
+    engine: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    precision: str | None = None,
 ) -> Backend:
     """Load ``path`` with ``engine``, or with the first one installed that reads files of its suffix.
 
     Args:
         device: "cpu", "cuda", "gpu" or "npu", as the engine has them; ``None`` is its usual one.
         threads: CPU threads inside one operator; ``None`` is one per physical core.
+        precision: that OpenVINO computes in, "f32" or "bf16"; ``None`` is the file's own.
 
     Raises:
-        BackendUnavailable: the engine or the device does not exist here; nothing falls back in silence.
+        BackendUnavailable: the engine, the precision or the device does not exist here; nothing falls back in silence.
         ModelFileError: the file is missing or is not a model that the engine can load.
     """
     engine = choose_engine(path, engine)
@@ -57,8 +63,18 @@ def open_backend(
         module = import_module(f"dpal_edge.runtime._{engine}")
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"{path} needs {engine}: pip install 'dpal-edge[{engine}]'") from error
-    backend: Backend = module.load(path, device or module.DEVICE, threads or physical_cores())
+    backend: Backend = module.load(path, device or module.DEVICE, threads or physical_cores(), precision)
     return backend
+
+
+def require_own_precision(path: Path, precision: str | None) -> None:
+    """Refuse a precision for an engine that computes as the file says.
+
+    Raises:
+        BackendUnavailable: one is given.
+    """
+    if precision is not None:
+        raise BackendUnavailable(f"{path}: only openvino computes in a precision of choice, here {precision!r}")
 
 
 def time_in_turns(

@@ -23,6 +23,7 @@ class Choice:
 
     target: str
     engine: str
+    precision: str | None  # that the engine was told to compute in; None: the file's own
     file: str | None  # that was built here; None: the bundle's own
     sha256: str  # of it
 

@@ -13,6 +13,7 @@ from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
 from dpal_edge.runtime.installed import read_choice
 
 _MAX_BATCH = 32  # images per pass: bounds the memory a crowd can take
+_FIRST_FRAMES, _FIRST_PEOPLE = 1, 5  # images of the first pass: enough for every size that OpenVINO compiles
 _COMPILED = "trt"  # how targets begin that are compiled before they run
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
@@ -31,8 +32,10 @@ class Model:
         self.manifest = manifest
         self._backend: Backend | None = backend
         _check_inputs(backend, manifest)
-        # Outputs can only be seen by running; this is also the slow first pass of most engines.
-        self.run(np.zeros((1, *manifest.input.size, 3), np.uint8))
+        # Outputs can only be seen by running; this is also the slow first pass of most engines. Frames come one at a
+        # time, people in numbers.
+        count = _FIRST_FRAMES if any(head.task == "detection" for head in manifest.heads) else _FIRST_PEOPLE
+        self.run(np.zeros((count, *manifest.input.size, 3), np.uint8))
 
     @classmethod
     def open(
@@ -61,7 +64,8 @@ class Model:
         else:
             artifact = choose_artifact(bundle, manifest, engine=choice.engine, target=choice.target)
             path, engine = manifest.open_artifact(bundle, artifact), choice.engine
-        return cls(open_backend(path, engine=engine, device=device, threads=threads), manifest)
+        precision = choice.precision if choice else None
+        return cls(open_backend(path, engine=engine, device=device, threads=threads, precision=precision), manifest)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Map uint8 RGB images (n, H, W, 3) of the model's size to every head's output (n, ...); n may be 0.

@@ -16,7 +16,7 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 11])
 def test_backend_matches_numpy(model, engine, count):
     pytest.importorskip(engine)
     crops = np.random.default_rng(1).integers(0, 256, (count, *SIZE, 3), np.uint8)
@@ -58,8 +58,30 @@ def test_openvino_computes_in_float32(model):
     pytest.importorskip("openvino")
     backend = open_backend(model, engine="openvino", threads=1)
     assert backend.name.endswith(" cpu f32")
-    assert str(backend._model.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
-    assert backend._model.get_property("INFERENCE_NUM_THREADS") == 1
+    [compiled] = backend._compiled.values()
+    assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_openvino_compiles_for_few_fixed_sizes(model):
+    pytest.importorskip("openvino")
+    backend = open_backend(model, engine="openvino")
+    for count in (1, 2, 7, 9, 4):
+        backend.run({"images": np.zeros((count, *SIZE, 3), np.uint8)})
+    shapes = {size: compiled.input(0).partial_shape.to_shape()[0] for size, compiled in backend._compiled.items()}
+    assert shapes == {1: 1, 4: 4}
+
+
+def test_a_precision_of_choice(model):
+    pytest.importorskip("openvino")
+    crops = np.random.default_rng(1).integers(0, 256, (5, *SIZE, 3), np.uint8)
+    backend = open_backend(model, engine="openvino", precision="bf16")
+    assert backend.name.endswith(" cpu bf16")
+    np.testing.assert_allclose(backend.run({"images": crops})["embedding"], reference(crops), atol=0.05)
+    with pytest.raises(BackendUnavailable, match="openvino computes in f32 or bf16, not in 'int4'"):
+        open_backend(model, engine="openvino", precision="int4")
+    with pytest.raises(BackendUnavailable, match="only openvino computes in a precision of choice, here 'bf16'"):
+        open_backend(model, engine="onnxruntime", precision="bf16")
 
 
 def test_the_engine_that_is_installed_is_taken(monkeypatch, tmp_path):

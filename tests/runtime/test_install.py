@@ -16,6 +16,8 @@ from dpal_edge.cli import main
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.install.installer import install
 from dpal_edge.manifest import FileSpec, Manifest
+from dpal_edge.runtime.device import CpuFeatures
+from dpal_edge.runtime.installed import Choice, write_record
 from dpal_edge.runtime.model import Model
 
 TRTEXEC = Path(__file__).parent / "fake_gpu" / "trtexec.py"
@@ -43,7 +45,7 @@ def bundle(tmp_path):
 
 
 def tried(result):
-    return {(attempt.target, attempt.engine): attempt.passed for attempt in result.attempts}
+    return {(attempt.target, attempt.runner): attempt.passed for attempt in result.attempts}
 
 
 def test_the_fastest_that_passes_is_used(bundle, gpu, cache):
@@ -93,6 +95,18 @@ def test_without_a_gpu_what_runs_here_is_compared(bundle):
     assert "TensorRT cannot be imported" in refused.found
     assert "there is no trtexec either" in refused.found
     assert Model.open(bundle).name.startswith(result.chosen.engine)
+
+
+def test_bfloat16_is_tried_where_a_cpu_has_it(bundle, monkeypatch):
+    features = CpuFeatures(model="with bf16", cores=2, flags=("avx512_bf16",))
+    monkeypatch.setattr("dpal_edge.install.installer.cpu_features", lambda: features)
+    result = install(bundle, backend="openvino", say=print)
+    assert tried(result) == {("onnx", "openvino"): True, ("onnx", "openvino bf16"): True}
+    exact, fast = result.attempts
+    assert exact.error < fast.error
+    assert (exact.allowed, fast.allowed) == (1e-3, 0.02)
+    write_record(bundle, Choice(target="onnx", engine="openvino", precision="bf16", file=None, sha256=""), {})
+    assert Model.open(bundle).name.endswith(" cpu bf16")
 
 
 def test_engines_are_kept(bundle, gpu, cache):
