@@ -1,6 +1,7 @@
 """TensorRT's own command line, for devices whose Python cannot import TensorRT: it builds, checks and times as well."""
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -34,9 +35,8 @@ class TrtExec:
         self._file, self._inputs = file, inputs
         text = self._run("--help")
         self._known = {word.split("=")[0].strip(",") for word in text.split() if word.startswith("--")}
-        first = next((line for line in text.splitlines() if "TensorRT" in line), "")
-        digits = first.partition("[TensorRT v")[2].partition("]")[0]  # 100300 is 10.3.0
-        self.name = f"trtexec {digits or 'of unknown version'}"
+        told = re.search(r"TensorRT v(\d+)(\d\d)(\d\d)\b", text)  # v100300 is 10.3.0
+        self.name = f"trtexec {'.'.join(str(int(part)) for part in told.groups())}" if told else "trtexec"
 
     @classmethod
     def find(cls, inputs: Mapping[str, tuple[int, ...]]) -> "TrtExec":
