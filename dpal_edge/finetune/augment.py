@@ -26,6 +26,7 @@ class Augmentation:
     colour: float = 0.3  # strength of brightness, contrast, saturation and channel gains
     hue: float = 0.0  # greatest turn of all colours about grey, of half a circle
     grey: float = 0.05  # share of views without colour
+    muted: float = 0.0  # share of views with at most half of their saturation
     low_resolution: float = 0.2  # share of views that are reduced, as if the person were far away, and enlarged again
     erase: float = 0.0  # share of views of which a rectangle is hidden
 
@@ -123,6 +124,8 @@ def change_colours(pixels: Pixels, settings: Augmentation, rng: np.random.Genera
     strength = settings.colour
     grey = rng.random() < settings.grey
     saturation = 0.0 if grey else rng.uniform(1 - strength, 1 + strength)
+    if settings.muted and rng.random() < settings.muted:
+        saturation = rng.uniform(0, 0.5)
     gains = rng.uniform(1 - strength / 3, 1 + strength / 3, 3)
     contrast, brightness = rng.uniform(1 - strength, 1 + strength, 2)
     matrix = (saturation * np.eye(3) + (1 - saturation) * _LUMA[:, None]) * gains * contrast * brightness

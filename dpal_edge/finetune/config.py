@@ -57,6 +57,7 @@ class FinetuneConfig:
     colour: float = 0.3
     hue: float = 0.3  # of unlabelled views alone: the teacher sees what became of the clothes, a label does not
     grey: float = 0.05
+    muted: float = 0.0  # of unlabelled views alone, as hue
     low_resolution: float = 0.2
     erase: float = 0.0
 
@@ -137,7 +138,7 @@ class FinetuneConfig:
             fields["colour"] = min(2 * self.colour, 0.9)
             fields["low_resolution"] = max(self.low_resolution, _FAR_SHARE)
         else:
-            fields["hue"] = 0.0
+            fields["hue"] = fields["muted"] = 0.0
         return Augmentation(**fields)
 
     def to_dict(self) -> dict[str, Any]:

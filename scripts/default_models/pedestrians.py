@@ -2,8 +2,8 @@
 
     python scripts/default_models/pedestrians.py --people LIP_FOLDER --backgrounds DIR --out DIR [--count 8000]
 
-Each garment of a person gets a hue and a brightness of its own, so few hundred people become thousands of outfits. The
-crops are as detectors cut them from street cameras: upright, more or less tight, of low resolution, compressed.
+Each garment of a person gets a hue and a brightness of its own, or the dark and muted colours that streets are full of,
+so few hundred people become thousands of outfits. The crops are as detectors cut them from street cameras: upright, more or less tight, of low resolution, compressed.
 """
 
 from pathlib import Path
@@ -21,8 +21,13 @@ from dpal_edge.tasks.parsing import read_lip
 
 _SIZE = (256, 128)  # height, width in pixels of a crop
 _NATURAL = ("background", "hair", "skin", "face")  # classes that keep their colours
-_RECOLOURED = 0.7  # share of garments
+_RECOLOURED, _MUTED = 0.8, 0.6  # share of garments that change, and of them that become dark and muted
 _HEIGHTS = (60, 256)  # of the crop, before it is enlarged again
+
+
+def desaturation(saturation: float) -> NDArray[np.float64]:
+    """Return the matrix that keeps so much of the saturation of RGB rows."""
+    return saturation * np.eye(3) + (1 - saturation) * np.full((3, 3), 1 / 3)
 
 
 def recolour(
@@ -34,7 +39,9 @@ def recolour(
         if label < len(labels) and labels[label] not in _NATURAL and rng.random() < _RECOLOURED:
             part = mask == label
             turn = turn_about_grey(rng.uniform(-np.pi, np.pi)) * np.exp(rng.normal(0, 0.35))
-            coloured[part] = coloured[part] @ turn.astype(np.float32) + rng.normal(0, 15)
+            if rng.random() < _MUTED:
+                turn = desaturation(rng.uniform(0, 0.5)) @ turn * rng.uniform(0.2, 0.9)
+            coloured[part] = coloured[part] @ turn.astype(np.float32) + rng.normal(0, 10)
     person = Image.fromarray(np.clip(coloured, 0, 255).astype(np.uint8))
     opaque = Image.fromarray(((mask != 0) & (mask < len(labels))).astype(np.uint8) * 255)
     person.putalpha(opaque.filter(ImageFilter.MinFilter(3)).filter(ImageFilter.GaussianBlur(0.7)))
@@ -53,7 +60,8 @@ def compose(person: Image.Image, background: Image.Image, rng: np.random.Generat
     left = (width - wide) / 2 + rng.normal(0, 0.05) * width
     top = (height - tall) * rng.uniform(0.2, 0.8)
     crop.paste(scaled, (round(left), round(top)), scaled)
-    light = np.asarray(crop, np.float32) * rng.uniform(0.6, 1.25) * rng.uniform(0.9, 1.1, 3)
+    light = np.asarray(crop, np.float32) @ desaturation(rng.uniform(0.2, 1)).astype(np.float32)
+    light = light * rng.uniform(0.6, 1.25) * rng.uniform(0.9, 1.1, 3)
     seen = Image.fromarray(np.clip(light, 0, 255).astype(np.uint8))
     rows = round(np.exp(rng.uniform(*np.log(_HEIGHTS))))
     return seen.resize((round(rows / 2), rows), Image.Resampling.BILINEAR, reducing_gap=2.0)

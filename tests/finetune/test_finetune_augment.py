@@ -94,6 +94,15 @@ def test_grey_views_have_equal_channels():
     assert np.ptp(grey.astype(int), axis=-1).max() <= 1
 
 
+def test_muted_views_keep_at_most_half_of_their_colour():
+    red = np.zeros((8, 4, 3), np.uint8)
+    red[..., 0] = 200
+    settings = Augmentation(**{**vars(NOTHING), "muted": 1.0})
+    spread = [np.ptp(change_colours(red, settings, np.random.default_rng(i))[0, 0].astype(int)) for i in range(40)]
+    assert 60 < max(spread) <= 101
+    assert min(spread) < 20
+
+
 def test_reduced_and_erased_views():
     pixels = np.full((64, 32, 3), 90, np.uint8)
     pixels[::2] = 200

@@ -47,6 +47,15 @@ def test_people_who_are_recognised_hardly_turn():
     assert (config.augmentation("pose").rotate, config.augmentation("reid").rotate) == (40.0, 10.0)
 
 
+def test_views_that_a_teacher_sees_differ_more():
+    settings = {**BASE, "hue": 0.3, "muted": 0.4, "colour": 0.3, "low_resolution": 0.2}
+    taught, labelled = (build_config({**settings, "reid_teacher": t}).augmentation("reid") for t in ("x.xml", None))
+    assert (taught.hue, taught.muted, taught.colour, taught.low_resolution) == (0.3, 0.4, 0.6, 0.5)
+    assert (labelled.hue, labelled.muted, labelled.colour, labelled.low_resolution) == (0.0, 0.0, 0.3, 0.2)
+    pose = build_config({**settings, "reid_teacher": "x.xml"}).augmentation("pose")
+    assert pose == build_config(settings).augmentation("pose")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
