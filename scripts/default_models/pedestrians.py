@@ -2,9 +2,9 @@
 
     python scripts/default_models/pedestrians.py --people LIP_FOLDER --backgrounds DIR --out DIR [--count 8000]
 
-Each garment of a person gets a hue and a brightness of its own, or the dark and muted colours that streets are full of,
-so few hundred people become thousands of outfits. The crops are as detectors cut them from street cameras: upright, more
-or less tight, of low resolution, compressed.
+Each garment of a person gets a hue and a brightness of its own, or the dark and muted colours that streets are full
+of, so few hundred people become thousands of outfits. The crops are as detectors cut them from street cameras: upright,
+more or less tight, of low resolution, compressed.
 """
 
 from pathlib import Path
