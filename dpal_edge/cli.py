@@ -310,6 +310,12 @@ def doctor(as_json: bool) -> None:
     metavar="PIXELS",
     help="Smallest person that --detector hog looks for; by default 128.",
 )
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    metavar="SCORE",
+    help="Least score of a person that a detector's bundle finds; by default 0.4.",
+)
 @_json_option
 def run(
     bundle: Path,
@@ -318,15 +324,22 @@ def run(
     frames: int | None,
     engine: str | None,
     min_height: int | None,
+    threshold: float | None,
     as_json: bool,
     **outputs: Any,
 ) -> None:
     """Find the people in a video, and say with BUNDLE all that its heads know of them."""
-    from dpal_edge.runtime import HogDetector, Pipeline, Video, video  # only this command pays for it
+    from dpal_edge.runtime import HogDetector, ModelDetector, Pipeline, Video, video  # only this command pays for it
 
-    if min_height is not None and detector != "hog":
+    finder: Any = detector
+    if detector == "hog":
+        if threshold is not None:
+            raise ConfigError("--threshold is a choice of detectors' bundles; for --detector hog there is --min-height")
+        finder = HogDetector(min_height=128 if min_height is None else min_height)
+    elif min_height is not None:
         raise ConfigError("--min-height is a choice of --detector hog; other detectors have learned what to find")
-    finder = HogDetector(min_height=128 if min_height is None else min_height) if detector == "hog" else detector
+    elif threshold is not None:
+        finder = ModelDetector.open(detector, threshold=threshold)
     with (
         Video(source) as clip,
         Pipeline.open(bundle, detector=finder, engine=engine) as pipeline,

@@ -25,7 +25,7 @@ p { margin: .5rem 0; } .soft { color: var(--soft); font-size: .9rem; } .good { c
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } td + td, th + th { text-align: right; }
-td:last-child { overflow-wrap: anywhere; min-width: 5rem; }
+td:first-child { white-space: nowrap; } td:last-child { overflow-wrap: anywhere; min-width: 5rem; }
 .scroll { overflow-x: auto; }
 .grid { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .strip { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3.4rem, 1fr)); }

@@ -6,7 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from dpal_edge.export.artifacts import Workshop
+from dpal_edge.export.linears import Graph
 from dpal_edge.files import write_text
 from dpal_edge.html import page, table
 from dpal_edge.manifest import Artifact, FileSpec, Manifest
@@ -38,10 +41,18 @@ def collect(manifest: Manifest, workshop: Workshop) -> dict[str, Any]:
         "refused": [asdict(refusal) for refusal in manifest.refused],
         "compiled": {name: asdict(layers) for name, layers in workshop.layers.items()},
         "calibration": workshop.coverage and {**workshop.coverage.to_dict(), "advice": workshop.coverage.advice},
-        "ranges": {name: asdict(one) for name, one in workshop.ranges.items()},
+        "ranges": _ranges_by_layer(workshop),
         "sensitivity": [{**asdict(one), "cost": one.cost} for one in workshop.ranking],
         "provenance": manifest.provenance,
     }  # fmt: skip
+
+
+def _ranges_by_layer(workshop: Workshop) -> dict[str, Any]:
+    """Return what was found of the input of each layer."""
+    if not workshop.ranges:
+        return {}
+    layers = Graph(onnx.load(workshop.float32)).linears()
+    return {layer.name: asdict(workshop.ranges[layer.activation.source]) for layer in layers}
 
 
 def judge_in_words(artifact: Artifact, manifest: Manifest) -> str:
@@ -109,10 +120,9 @@ def _row(artifact: dict[str, Any]) -> list[str]:
 def _calibration(facts: dict[str, Any]) -> list[str]:
     found = facts["calibration"]
     low, high = found["brightness"]
-    text = (
-        f"{found['images']} images, {found['distinct']} different; grey levels {low:.0f} to {high:.0f}; the second "
-        f"half widened no range by more than {100 * found['growth']:.0f} %. {found['advice']}"
-    )
+    text = f"{found['images']} images, {found['distinct']} different, grey levels {low:.0f} to {high:.0f}"
+    grown = f"the second half widened no range by more than {100 * found['growth']:.0f} %"
+    text += f"; {found['advice'] or grown}."
     clipped = sorted(facts["ranges"].items(), key=lambda item: -item[1]["clipped"])[:_SHOWN]
     shown = facts["sensitivity"][:_SHOWN]
     return [

@@ -83,7 +83,7 @@ class ModelDetector:
     @classmethod
     def open(
         cls,
-        bundle: Path | str = DEFAULT_DETECTOR,
+        bundle: Path | str | None = None,
         *,
         engine: str | None = None,
         device: str | None = None,
@@ -96,7 +96,7 @@ class ModelDetector:
         Raises:
             ModelFileError, BackendUnavailable: as ``Model.open``, or it is no detector.
         """
-        model = Model.open(Path(bundle), engine=engine, device=device, threads=threads)
+        model = Model.open(Path(bundle or DEFAULT_DETECTOR), engine=engine, device=device, threads=threads)
         return cls(model, threshold=threshold, iou=iou)
 
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:

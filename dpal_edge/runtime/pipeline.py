@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.runtime.detector import DEFAULT_DETECTOR, Detector, ModelDetector
+from dpal_edge.runtime.detector import Detector, ModelDetector
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.person import Person, check_heads, decode_heads
 from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
@@ -58,7 +58,7 @@ class Pipeline:
         model = Model.open(Path(bundle), engine=engine, device=device, threads=threads)
         opened = None
         if detector is None or isinstance(detector, str | Path):
-            detector = opened = ModelDetector.open(detector or DEFAULT_DETECTOR, device=device, threads=threads)
+            detector = opened = ModelDetector.open(detector, device=device, threads=threads)
         pipeline = cls(model, detector, Tracker() if tracker else None)
         pipeline._opened = opened
         return pipeline

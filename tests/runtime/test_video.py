@@ -147,6 +147,16 @@ def test_cli_run(bundle, detector, clip, tmp_path):
     assert len(lines_of(jsonl)) == 3
 
 
+@pytest.mark.parametrize(("threshold", "people"), [(0.0, True), (1.0, False)])
+def test_cli_run_with_a_threshold(bundle, tmp_path, clip, threshold, people):
+    finder = write_detector_bundle(tmp_path / "finder")
+    jsonl = tmp_path / "out.jsonl"
+    source = clip(2)
+    result = run_cli(bundle, "--source", source, "--detector", finder, "--threshold", threshold, "--jsonl", jsonl)
+    assert result.exit_code == 0, result.output
+    assert any(line["persons"] for line in lines_of(jsonl)) == people
+
+
 def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     monkeypatch.setattr(_Impatient, "calls", 0)
     monkeypatch.setattr("dpal_edge.runtime.HogDetector", lambda min_height: _Impatient())
@@ -162,6 +172,7 @@ def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
         (["--source", "absent.mp4"], "absent.mp4: no such file, expected a video"),
         (["--engine", "tensorrt"], "cannot run any target with tensorrt; it holds onnx, engines are onnxruntime"),
         (["--detector", "hog", "--min-height", "0"], "min_height is 0, expected 32 or more pixels"),
+        (["--detector", "hog", "--threshold", "0.5"], "--threshold is a choice of detectors' bundles"),
         (["--min-height", "64"], "--min-height is a choice of --detector hog"),
         (["--detector", "absent"], "absent: no manifest.json, so not a bundle"),
         (["--out", "x.gif"], "cannot write '.gif' video"),
