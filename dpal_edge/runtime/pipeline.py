@@ -24,6 +24,7 @@ class Pipeline:
         """Most callers want ``open``."""
         self.timing_ms: dict[str, float] = {}  # of the last call: "detect", "crop", "model", "decode", "track"
         self.manifest = model.manifest
+        self.name = model.name  # of the engine, for example "openvino 2026.4.1 cpu f32"
         check_heads(self.manifest.heads, self.manifest.input.size)
         self._model = model
         self._detector = detector

@@ -77,6 +77,7 @@ class Latency:
 class RunSummary:
     """What one run over a video did."""
 
+    engine: str  # that ran the model, with its version, device and precision
     frames: int
     missing_frames: int  # that the file declares and does not hold: it was cut short
     persons: int  # over all frames
@@ -129,6 +130,7 @@ def run_video(
             interrupted = True
     expected = min(video.declared_frames or 0, limit or math.inf)
     return RunSummary(
+        engine=pipeline.name,
         frames=len(timings),
         missing_frames=0 if interrupted else max(0, int(expected) - len(timings)),
         persons=persons,
@@ -142,9 +144,8 @@ def run_video(
 def describe(summary: RunSummary) -> str:
     """Return a few lines for a person to read."""
     end = "interrupted after" if summary.interrupted else "done:"
-    lines = [
-        f"{end} {summary.frames} frames, {summary.persons} persons, {summary.tracks} tracks, {summary.fps:.1f} frames/s"
-    ]
+    found = f"{summary.frames} frames, {summary.persons} persons, {summary.tracks} tracks, {summary.fps:.1f} frames/s"
+    lines = [f"{end} {found}, with {summary.engine}"]
     if summary.missing_frames:
         lines.append(
             f"warning: the file declares {summary.missing_frames} more frames than could be decoded; was it cut short?"

@@ -143,6 +143,7 @@ def test_cli_run(bundle, detector, clip, tmp_path):
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["frames"] == 3
+    assert document["engine"].startswith("onnxruntime ")
     assert "done: 3 frames" in result.stderr
     assert len(lines_of(jsonl)) == 3
 
