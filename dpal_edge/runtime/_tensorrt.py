@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.runtime.backend import require_own_precision
-from dpal_edge.runtime.cuda import Buffer, Cuda, Graph, Stream
+from dpal_edge.runtime.cuda import Buffer, Cuda, Graph, Memory, Stream
 from dpal_edge.runtime.tensorrt import import_tensorrt, listen
 
 DEVICE = "gpu"
@@ -20,21 +20,18 @@ _STALE = "it was built by another TensorRT or for another GPU; build it again wi
 
 
 class TensorRtBackend:
-    """An engine with its buffers: one copy in, one launch of a CUDA graph per batch size, one copy out.
+    """An engine with its buffers: one copy in, one launch of a CUDA graph per number of images, one copy out.
 
-    The first call of a batch size runs as TensorRT queues it and is recorded; later ones replay the record. Outputs are
-    copies, so they outlive the next call.
+    The first call with a number of images runs as TensorRT queues it and is recorded; later ones replay the record. A
+    record is only good while its execution context keeps its shapes (NVIDIA/TensorRT 3798), so each number has a
+    context of its own, and all share the memory for activations. Outputs are copies: they outlive the next call.
     """
 
-    def __init__(self, engine: Any, trt: Any, cuda: Cuda, log: Any, name: str) -> None:
-        """Most callers want ``load``."""
+    def __init__(self, engine: Any, trt: Any, cuda: Cuda, log: Any, name: str, *, recorded: bool) -> None:
+        """Most callers want ``load``; ``recorded`` is whether CUDA graphs are used."""
         self.name = f"{name} {trt.__version__} {cuda.gpu}"
-        self._log = log
-        context = engine.create_execution_context()
-        if context is None:
-            raise ModelFileError(f"{self.name}: no memory for the engine's activations ({log.reason()})")
-        self._context = context
-        self._stream = Stream(cuda)
+        self._engine, self._log, self._recorded = engine, log, recorded
+        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         entering = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self._types = {n: np.dtype(trt.nptype(engine.get_tensor_dtype(n))) for n in names}
@@ -42,11 +39,13 @@ class TensorRtBackend:
         self.inputs = {n: tuple(None if side < 0 else side for side in self._shapes[n]) for n in entering}
         self.most = min(int(engine.get_tensor_profile_shape(n, 0)[2][0]) for n in entering)  # images at a time
         self._leaving = [n for n in names if n not in entering]
+        self._stream = Stream(cuda)
+        self._activations = Memory(cuda, int(engine.device_memory_size_v2))
         self._buffers = {n: Buffer(cuda, self.most * self._bytes(n)) for n in names}
-        for name, buffer in self._buffers.items():
-            context.set_tensor_address(name, int(buffer.device.value or 0))
+        self._contexts: dict[int, Any] = {}  # by number of images, as the next
         self._graphs: dict[int, Graph] = {}
-        self.close = weakref.finalize(self, _free, self._graphs, [*self._buffers.values(), self._stream])
+        owned: list[Buffer | Memory | Stream] = [*self._buffers.values(), self._activations, self._stream]
+        self.close = weakref.finalize(self, _free, self._graphs, owned)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
@@ -62,19 +61,33 @@ class TensorRtBackend:
             self._view(name, count)[...] = array
         if count in self._graphs:
             self._graphs[count].launch(self._stream)
+            self._stream.wait()
         else:
-            self._queue(count)
+            context = self._contexts.get(count) or self._create_context(count)
+            self._queue(context, count)
             self._stream.wait()  # a capture must not find work that is under way
-            self._graphs[count] = self._stream.record(lambda: self._queue(count))
-        self._stream.wait()
+            if self._recorded:
+                self._graphs[count] = self._stream.record(lambda: self._queue(context, count))
         return {name: self._view(name, count).copy() for name in self._leaving}
 
-    def _queue(self, count: int) -> None:
+    def _create_context(self, count: int) -> Any:
+        """Return an execution context for ``count`` images."""
+        context = self._engine.create_execution_context(self._strategy)
+        if context is None:
+            raise ModelFileError(f"{self.name}: no execution context for {count} images ({self._log.reason()})")
+        context.set_device_memory(int(self._activations.address.value or 0), self._activations.size)
+        for name, buffer in self._buffers.items():
+            context.set_tensor_address(name, int(buffer.device.value or 0))
+        for name in self.inputs:
+            context.set_input_shape(name, (count, *self._shapes[name][1:]))
+        self._contexts[count] = context
+        return context
+
+    def _queue(self, context: Any, count: int) -> None:
         """Queue the copies and the engine for ``count`` images."""
         for name in self.inputs:
-            self._context.set_input_shape(name, (count, *self._shapes[name][1:]))
             self._buffers[name].upload(self._stream, count * self._bytes(name))
-        if not self._context.execute_async_v3(int(self._stream.handle.value or 0)):
+        if not context.execute_async_v3(int(self._stream.handle.value or 0)):
             raise ModelFileError(f"{self.name}: the engine failed ({self._log.reason()})")
         for name in self._leaving:
             self._buffers[name].download(self._stream, count * self._bytes(name))
@@ -97,10 +110,10 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> Tensor
         ModelFileError: the file is no engine of this TensorRT and this GPU.
     """
     require_own_precision(path, precision)
-    return open_engine(path, device, import_tensorrt(), "tensorrt")
+    return open_engine(path, device, import_tensorrt(), "tensorrt", recorded=True)
 
 
-def open_engine(path: Path, device: str, trt: Any, name: str) -> TensorRtBackend:
+def open_engine(path: Path, device: str, trt: Any, name: str, *, recorded: bool) -> TensorRtBackend:
     """Open an engine file with the bindings ``trt``, which users know as ``name``."""
     if device != DEVICE:
         raise BackendUnavailable(f"{path}: {name} has no device {device!r}, expected {DEVICE}")
@@ -109,9 +122,9 @@ def open_engine(path: Path, device: str, trt: Any, name: str) -> TensorRtBackend
     engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise ModelFileError(f"{path}: {name} {trt.__version__} cannot load it ({log.reason()}); {_STALE}")
-    return TensorRtBackend(engine, trt, cuda, log, name)
+    return TensorRtBackend(engine, trt, cuda, log, name, recorded=recorded)
 
 
-def _free(graphs: dict[int, Graph], resources: list[Buffer | Stream]) -> None:
+def _free(graphs: dict[int, Graph], resources: list[Buffer | Memory | Stream]) -> None:
     for resource in (*graphs.values(), *resources):
         resource.free()

@@ -17,4 +17,5 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> Tensor
     except (ImportError, OSError) as error:
         raise BackendUnavailable(f"{path} needs NVIDIA's runtime: pip install 'dpal-edge[tensorrt-rtx]'") from error
     require_own_precision(path, precision)
-    return open_engine(path, device, trt, "tensorrt-rtx")
+    # Not recorded: kernels for the very shape are made while others stand in for them, and a record would keep those.
+    return open_engine(path, device, trt, "tensorrt-rtx", recorded=False)

@@ -90,6 +90,18 @@ class Cuda:
         return f"{function(error).decode(errors='replace')} (error {error})"
 
 
+class Memory:
+    """Memory of the device alone."""
+
+    def __init__(self, cuda: Cuda, size: int) -> None:
+        self._cuda, self.size = cuda, size
+        self.address = cuda.create("cudaMalloc", ctypes.c_size_t(size))
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._cuda.call("cudaFree", self.address)
+
+
 class Buffer:
     """Pinned memory of the host and the memory of the device that mirrors it; one and the same on Jetson."""
 
