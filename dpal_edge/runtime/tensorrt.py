@@ -81,11 +81,12 @@ def listen(trt: Any) -> Any:
     return Log()
 
 
-def build_engine(trt: Any, graph: Path, options: BuildOptions, *, timing_cache: bytes = b"") -> Built:
+def build_engine(trt: Any, graph: Path, options: BuildOptions, *, timing_cache: bytes | None = None) -> Built:
     """Compile the ONNX file ``graph``, whose first axes are batches, with the bindings ``trt``.
 
     Args:
-        timing_cache: of an earlier build by the same version on the same GPU.
+        timing_cache: of an earlier build by the same version on the same GPU, which may be empty; None keeps none, as
+            TensorRT for RTX.
 
     Raises:
         ModelFileError: the parser or the compiler refuses the graph; TensorRT's own words say why.
@@ -106,12 +107,12 @@ def build_engine(trt: Any, graph: Path, options: BuildOptions, *, timing_cache: 
         image = network.get_input(i)
         profile.set_shape(image.name, *((batch, *tuple(image.shape)[1:]) for batch in options.batches))
     config.add_optimization_profile(profile)
-    cache = config.create_timing_cache(timing_cache)
-    config.set_timing_cache(cache, False)  # one of another GPU or version is left unused, with a message
+    if timing_cache is not None:  # one of another GPU or version is left unused, with a message
+        config.set_timing_cache(config.create_timing_cache(timing_cache), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ModelFileError(f"{graph.name}: TensorRT {trt.__version__} cannot build it ({log.reason()})")
-    measured = config.get_timing_cache()
+    measured = None if timing_cache is None else config.get_timing_cache()
     kept = b"" if measured is None else bytes(measured.serialize())
     return Built(engine=bytes(engine), log=tuple(log.lines), timing_cache=kept)
 

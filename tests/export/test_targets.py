@@ -94,7 +94,7 @@ def test_report_tells_it_all(bundle):
     assert facts["calibration"]["images"] == 32
     assert "32 images: give 128" in facts["calibration"]["advice"]
     assert len(facts["sensitivity"]) == len(layers_of(out / "model.onnx"))
-    assert set(layers_of(out / "model.onnx")) <= facts["ranges"].keys()
+    assert {layer.name for layer in layers_of(out / "model.onnx")} <= facts["ranges"].keys()
     page = (out / "report.html").read_text()
     for text in ("trt-int8", "rank correlation", "What INT8 costs", "backbone.blocks.0.mlp.fc1"):
         assert text in page

@@ -124,7 +124,8 @@ def test_graphs_that_are_refused(tmp_path, gpu):
 def test_what_was_measured_starts_the_next_build(tmp_path, gpu):
     gpu()
     graph = write_model(tmp_path / "model.onnx")
-    first = build_engine(import_tensorrt(), graph, BuildOptions())
+    assert build_engine(import_tensorrt(), graph, BuildOptions()).timing_cache == b""
+    first = build_engine(import_tensorrt(), graph, BuildOptions(), timing_cache=b"")
     again = build_engine(import_tensorrt(), graph, BuildOptions(), timing_cache=first.timing_cache)
     assert (first.timing_cache, again.timing_cache) == (b"measured\n", b"measured\nmeasured\n")
 
