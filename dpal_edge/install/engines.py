@@ -13,8 +13,8 @@ from dpal_edge.runtime.installed import cache_folder, device_facts, short_hash
 from dpal_edge.runtime.tensorrt import BuildOptions, build_engine, import_tensorrt
 
 _MIB = 1 << 20
-_RESERVE = 256 * _MIB  # what TensorRT itself takes, beside the weights in several forms
-_COPIES = 6  # of the weights that the builder holds at a time, at most
+# Guesses until a device is measured: what TensorRT itself takes, and how many copies of the weights a build holds.
+_RESERVE, _COPIES = 256 * _MIB, 6
 
 
 class Builder(Protocol):
@@ -74,7 +74,7 @@ def fit_memory(graph: Path, cuda: Cuda, options: BuildOptions) -> BuildOptions:
     if free < need:
         raise BackendUnavailable(
             f"{free // _MIB} MiB of the GPU's memory are free, building {graph.name} takes about {need // _MIB} MiB; "
-            f"stop other programs (on a Jetson a desktop takes 1 GiB: sudo systemctl isolate multi-user.target)"
+            f"stop other programs (on a Jetson its desktop, too: sudo systemctl isolate multi-user.target)"
         )
     return replace(options, workspace=min(options.workspace, _RESERVE + (free - need) // 2))
 

@@ -16,8 +16,8 @@ _DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose 
 _VERSION = ov.__version__.partition("-")[0]
 # Where a CPU has bfloat16 OpenVINO would use it by itself; layers that are quantized in the file stay quantized.
 _PRECISIONS = ("f32", "bf16")
-# Kernels of fixed shapes take a tenth to a third less time than those of free ones (bench/openvino_speed.py), so a
-# crowd is looked at in so many images at a time.
+# Fixed batches take 5 to 33 % less time than a free one (bench/results/openvino_speed.json), so a crowd is looked at in
+# so many images at a time.
 _SIZES = (4, 1)
 
 

@@ -25,7 +25,7 @@ class Choice:
     engine: str
     precision: str | None  # that the engine was told to compute in; None: the file's own
     file: str | None  # that was built here; None: the bundle's own
-    sha256: str  # of it
+    sha256: str  # of that file; empty without one, since the manifest has the bundle's
 
 
 def cache_folder() -> Path:

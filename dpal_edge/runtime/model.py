@@ -48,7 +48,7 @@ class Model:
         Args:
             bundle: folder written by ``dpal-edge export``, or a manifest by its name.
             engine: the one to use, whatever is installed.
-            device: of the engine; by default its usual one.
+            device: the one to use, likewise; by default the engine's usual one.
             threads: CPU threads inside one operator; by default one per physical core.
 
         Raises:

@@ -46,10 +46,11 @@ class Pipeline:
         """Load a bundle after checking its hashes and that the model file keeps the manifest's contract.
 
         Args:
-            bundle: folder written by ``dpal-edge export``; its first artifact that can run here is used.
+            bundle: folder written by ``dpal-edge export``; what `dpal-edge install` chose of it is used, or else its
+                first artifact that can run here.
             detector: a bundle of a detector, or anything that finds people; by default this project's own.
-            engine: of the bundle; by default the first one installed that can run it.
-            device: of the bundle and the detector.
+            engine: of the bundle, whatever was installed.
+            device: of the bundle and the detector, whatever was installed; by default each engine's usual one.
             threads: CPU threads inside one operator; by default one per physical core.
 
         Raises:

@@ -5,6 +5,7 @@ from tiny_bundle import SIZE, reference, write_model
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.runtime import open_backend
 from dpal_edge.runtime.backend import choose_engine, physical_cores
+from dpal_edge.runtime.model import _FIRST_PEOPLE
 
 ENGINES = ["onnxruntime", "openvino"]
 
@@ -65,11 +66,14 @@ def test_openvino_computes_in_float32(model):
 
 def test_openvino_compiles_for_few_fixed_sizes(model):
     pytest.importorskip("openvino")
+    from dpal_edge.runtime import _openvino
+
     backend = open_backend(model, engine="openvino")
     for count in (1, 2, 7, 9, 4):
         backend.run({"images": np.zeros((count, *SIZE, 3), np.uint8)})
     shapes = {size: compiled.input(0).partial_shape.to_shape()[0] for size, compiled in backend._compiled.items()}
     assert shapes == {1: 1, 4: 4}
+    assert sum(_openvino._SIZES) == _FIRST_PEOPLE  # a model's first pass compiles all
 
 
 def test_a_precision_of_choice(model):

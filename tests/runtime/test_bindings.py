@@ -71,7 +71,8 @@ def test_every_name_that_we_use_exists(real, gpu):
     }
     assert classes.keys() <= real["classes"].keys()
     used = {name: {n for n in vars(kind) if not n.startswith("_")} for name, kind in classes.items()}
-    used["ILogger"] = {"Severity"}
+    used["ILogger"] = {"Severity", *fake.ILogger.Severity.__members__}
+    assert used["MemoryPoolType"] == {"WORKSPACE"}  # members of enumerations are looked at, too
     missing = {name: names - set(real["classes"][name]) for name, names in used.items()}
     assert not any(missing.values()), missing
     assert {"nptype", "__version__"} <= set(real["module"])
