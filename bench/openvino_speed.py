@@ -1,15 +1,17 @@
-"""Where a model's time goes in OpenVINO on a CPU: free and fixed batches, float32, bfloat16 and INT8, and the floor.
+"""Where a model's time goes in OpenVINO on a CPU: batches and single images, float32, bfloat16 and INT8, and the floor.
 
     python bench/openvino_speed.py BUNDLE [--out bench/results/openvino_speed.json]
 
-BUNDLE has ``onnx`` and ``openvino-int8``. All forms take turns. The floor is the model's multiply-accumulates over the
-rate that a product of its own most common shape reaches here, in each type: no kernel of it can be faster.
+BUNDLE has ``onnx`` and ``openvino-int8``. All forms take turns: a free batch, a fixed one, and requests side by side as the
+runtime has them (``backend``). The floor is the model's multiply-accumulates over the rate that a product of its own
+most common shape reaches here, in each type: no kernel of it can be faster.
 """
 
 import argparse
 import collections
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from dpal_edge.manifest import Manifest
-from dpal_edge.runtime.backend import physical_cores
+from dpal_edge.runtime.backend import open_backend, physical_cores
 from dpal_edge.runtime.device import cpu_features
 
 ROOT = Path(__file__).parents[1]
-BATCHES = (1, 4, 8)
+BATCHES = (1, 2, 4, 8)
 CALLS = 25
 ROWS, INSIDE, OUTSIDE = 1032, 192, 768  # of a ViT-Ti's widest product at batch 8
 
@@ -123,9 +125,9 @@ def main() -> None:
                 if shape == "fixed":
                     model.reshape({model.input(0): list(images.shape)})
                 request = compile_model(core, model, precision).create_infer_request()
-                calls[f"{target} {precision} {shape}"] = lambda request=request, images=images: request.infer(
-                    {0: images}
-                )
+                calls[f"{target} {precision} {shape}"] = partial(request.infer, {0: images})
+            backend = open_backend(files[target], engine="openvino", precision=precision)
+            calls[f"{target} {precision} backend"] = partial(backend.run, {manifest.input.name: images})
         found = in_turns(calls)
         results[f"ms_per_image_batch_{batch}"] = {name: round(value / batch, 3) for name, value in found.items()}
     macs = 20 * 2 * ROWS * INSIDE * OUTSIDE

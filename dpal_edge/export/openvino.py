@@ -30,8 +30,9 @@ def write_int8(graph: Path, path: Path, crops: Crops, kept: Sequence[str]) -> No
         kept: names of nodes that stay in float.
 
     Source: NNCF's post-training quantization, model type TRANSFORMER: SmoothQuant, symmetric activations where
-    attention needs them. Differs: weights use half of their range, because sums of full ones saturate on CPUs without
-    VNNI, and a bundle must say the same on all of them.
+    attention needs them. Differs: products of two activations (attention) stay in float, as in TensorRT's files, where
+    quantizing them cost accuracy and no kernel gained from it; weights use half of their range, because sums of full
+    ones saturate on CPUs without VNNI, and a bundle must say the same on all of them.
 
     Raises:
         BackendUnavailable: NNCF is not installed.
@@ -72,13 +73,7 @@ def _quantize(graph: Path, path: Path, crops: Crops, kept: tuple[str, ...]) -> N
     import openvino as ov
 
     model = ov.convert_model(graph)
-    # OpenVINO splits what has a bias in two, and calls the first part so.
-    names = [
-        name
-        for node in model.get_ops()
-        if (name := node.get_friendly_name()).removesuffix("/WithoutBiases") in kept
-        and node.get_type_name() in ("MatMul", "Convolution")
-    ]
+    names = [node.get_friendly_name() for node in model.get_ops() if _stays(node, kept)]
     quantized = nncf.quantize(
         model,
         nncf.Dataset(list(crops[:, None])),
@@ -89,3 +84,16 @@ def _quantize(graph: Path, path: Path, crops: Crops, kept: tuple[str, ...]) -> N
         ignored_scope=nncf.IgnoredScope(names=names),
     )
     ov.save_model(quantized, path, compress_to_fp16=True)
+
+
+def _stays(node: Any, kept: tuple[str, ...]) -> bool:
+    """Say whether a node of OpenVINO's stays in float: one of ``kept``, or a product of two activations."""
+    if node.get_type_name() == "ScaledDotProductAttention":
+        return True
+    if node.get_type_name() == "MatMul" and all(
+        port.get_source_output().get_node().get_type_name() != "Constant" for port in node.inputs()
+    ):
+        return True
+    # OpenVINO splits what has a bias in two, and calls the first part so.
+    own = node.get_friendly_name().removesuffix("/WithoutBiases")
+    return own in kept and node.get_type_name() in ("MatMul", "Convolution")

@@ -1,6 +1,6 @@
 """OpenVINO as a backend."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,25 @@ _DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose 
 _VERSION = ov.__version__.partition("-")[0]
 # Where a CPU has bfloat16 OpenVINO would use it by itself; layers that are quantized in the file stay quantized.
 _PRECISIONS = ("f32", "bf16")
-# Fixed batches take 5 to 33 % less time than a free one (bench/results/openvino_speed.json), so a crowd is looked at in
-# so many images at a time.
+# Requests at a time: more than a frame usually has people would leave cores idle.
+_MOST_STREAMS = 4
+# Images of one of several requests, the most first. Each size takes 120 MB and 0.7 s once, when it is first needed.
 _SIZES = (4, 1)
 
 
 class OpenVinoBackend:
-    """A model on one device, compiled for each of ``_SIZES`` when first needed; as it is where its batch is fixed."""
+    """A model on one device: compiled for few fixed sizes where its batch is free, as it is where that is fixed.
 
-    def __init__(self, model: ov.Model, compile_model: Callable[[ov.Model], ov.CompiledModel], name: str) -> None:
+    One image gets all threads. Several are requests side by side, each on its share of the threads, because small
+    kernels do not divide well among cores (bench/results/openvino_speed.json).
+    """
+
+    def __init__(
+        self, model: ov.Model, compile_model: Callable[[ov.Model, int], ov.CompiledModel], name: str, streams: int
+    ) -> None:
+        """Take a model and what compiles it for 1 or for ``streams`` requests at a time."""
         self.name = name
-        self._model, self._compile = model, compile_model
+        self._model, self._compile, self._streams = model, compile_model, streams
         self._outputs = [port.any_name for port in model.outputs]
         self._types = {port.any_name: port.element_type.to_dtype() for port in model.inputs}
         self.inputs = {
@@ -34,7 +42,8 @@ class OpenVinoBackend:
             for port in model.inputs
         }
         self._free = all(shape[0] is None for shape in self.inputs.values())
-        self._compiled = {1 if self._free else 0: self._fix(1) if self._free else compile_model(model)}
+        self._lone = compile_model(self._fix(1) if self._free else model, 1).create_infer_request()
+        self._side_by_side: dict[int, list[ov.InferRequest]] = {}  # by images of each
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
@@ -45,32 +54,43 @@ class OpenVinoBackend:
             )
         try:
             if not self._free:
-                return self._call(self._compiled[0], feeds)
-            count = len(next(iter(feeds.values())))
-            if not count:  # what comes of one image tells the shapes
-                one = {name: np.zeros((1, *array.shape[1:]), array.dtype) for name, array in feeds.items()}
-                return {name: array[:0] for name, array in self._call(self._compiled[1], one).items()}
-            parts = []
-            for start, size in _pieces(count):
-                if size not in self._compiled:
-                    self._compiled[size] = self._fix(size)
-                piece = {name: array[start : start + size] for name, array in feeds.items()}
-                parts.append(self._call(self._compiled[size], piece))
+                self._lone.infer(dict(feeds))
+                return {name: np.array(self._lone.get_tensor(name).data) for name in self._outputs}
+            return self._run_each(feeds, len(next(iter(feeds.values()))))
         except RuntimeError as error:
             raise ModelFileError(f"{self.name} cannot run the model on these inputs: {_line(error)}") from error
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
-    def _call(self, compiled: ov.CompiledModel, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        outputs = compiled(dict(feeds))
-        return {name: outputs[name] for name in self._outputs}
+    def _run_each(self, feeds: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
+        """Run ``count`` images in as few rounds of equal requests as that takes."""
+        shapes = {name: self._lone.get_tensor(name).shape for name in self._outputs}
+        types = {name: self._lone.get_tensor(name).element_type.to_dtype() for name in self._outputs}
+        outputs = {name: np.empty((count, *list(shapes[name])[1:]), types[name]) for name in self._outputs}
+        start = 0
+        while start < count:
+            size = next(size for size in _SIZES if count - start >= size * self._streams or size == 1)
+            starts = range(start, min(start + size * self._streams, count), size)
+            requests = [self._lone] if size == len(starts) == 1 else self._requests(size)
+            for request, i in zip(requests, starts, strict=False):
+                request.start_async({name: array[i : i + size] for name, array in feeds.items()})
+            for request, i in zip(requests, starts, strict=False):
+                request.wait()
+                for name in self._outputs:
+                    outputs[name][i : i + size] = request.get_tensor(name).data
+            start = starts.stop
+        return outputs
 
-    def _fix(self, size: int) -> ov.CompiledModel:
-        """Compile the model for ``size`` images."""
+    def _requests(self, size: int) -> list[ov.InferRequest]:
+        """Return as many requests for ``size`` images each as run side by side."""
+        if size not in self._side_by_side:
+            compiled = self._compile(self._fix(size), self._streams)
+            self._side_by_side[size] = [compiled.create_infer_request() for _ in range(self._streams)]
+        return self._side_by_side[size]
+
+    def _fix(self, size: int) -> ov.Model:
+        """Return the model for ``size`` images."""
         fixed = self._model.clone()
         fixed.reshape({port: [size, *list(port.partial_shape)[1:]] for port in fixed.inputs})
-        return self._compile(fixed)
+        return fixed
 
 
 def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVinoBackend:
@@ -87,28 +107,21 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
     hint = precision or "f32"
     if hint not in _PRECISIONS:
         raise BackendUnavailable(f"{path}: openvino computes in {' or '.join(_PRECISIONS)}, not in {precision!r}")
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-    if device == "cpu":
-        settings["INFERENCE_NUM_THREADS"] = threads
+    streams = min(threads, _MOST_STREAMS) if device == "cpu" else 1
+
+    def compile_model(model: ov.Model, requests: int) -> ov.CompiledModel:
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        if device == "cpu":
+            settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": requests}
+        return core.compile_model(model, _DEVICES[device], settings)
+
     try:
-        return OpenVinoBackend(
-            core.read_model(str(path)),
-            lambda model: core.compile_model(model, _DEVICES[device], settings),
-            f"openvino {_VERSION} {device} {hint}",
-        )
+        model = core.read_model(str(path))
+        return OpenVinoBackend(model, compile_model, f"openvino {_VERSION} {device} {hint}", streams)
     except RuntimeError as error:
         raise ModelFileError(
             f"{path}: openvino {_VERSION} cannot load it ({_line(error)}); export the model again"
         ) from error
-
-
-def _pieces(count: int) -> Iterator[tuple[int, int]]:
-    """Yield start and size of the passes that ``count`` images take, the largest first."""
-    start = 0
-    for size in _SIZES:
-        while count - start >= size:
-            yield start, size
-            start += size
 
 
 def _show(types: Mapping[str, np.dtype[Any]]) -> str:

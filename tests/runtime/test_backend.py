@@ -5,7 +5,6 @@ from tiny_bundle import SIZE, reference, write_model
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.runtime import open_backend
 from dpal_edge.runtime.backend import choose_engine, physical_cores
-from dpal_edge.runtime.model import _FIRST_PEOPLE
 
 ENGINES = ["onnxruntime", "openvino"]
 
@@ -57,23 +56,25 @@ def test_openvino_reads_its_own_format(model):
 
 def test_openvino_computes_in_float32(model):
     pytest.importorskip("openvino")
-    backend = open_backend(model, engine="openvino", threads=1)
+    backend = open_backend(model, engine="openvino", threads=2)
     assert backend.name.endswith(" cpu f32")
-    [compiled] = backend._compiled.values()
-    assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
-    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    for request, streams in (backend._lone, 1), (backend._requests(1)[1], 2):
+        compiled = request.get_compiled_model()
+        assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == min(2, physical_cores())
+        assert compiled.get_property("NUM_STREAMS") == min(streams, physical_cores())
 
 
-def test_openvino_compiles_for_few_fixed_sizes(model):
+def test_openvino_runs_images_side_by_side(model):
     pytest.importorskip("openvino")
-    from dpal_edge.runtime import _openvino
-
-    backend = open_backend(model, engine="openvino")
-    for count in (1, 2, 7, 9, 4):
-        backend.run({"images": np.zeros((count, *SIZE, 3), np.uint8)})
-    shapes = {size: compiled.input(0).partial_shape.to_shape()[0] for size, compiled in backend._compiled.items()}
-    assert shapes == {1: 1, 4: 4}
-    assert sum(_openvino._SIZES) == _FIRST_PEOPLE  # a model's first pass compiles all
+    backend = open_backend(model, engine="openvino", threads=2)
+    crops = np.random.default_rng(1).integers(0, 256, (15, *SIZE, 3), np.uint8)
+    for count, sizes in (0, []), (1, []), (3, [1]), (7, [1]), (8, [1, 4]), (15, [1, 4]):
+        found = backend.run({"images": crops[:count]})["embedding"]
+        np.testing.assert_allclose(found, reference(crops[:count]), rtol=1e-5, atol=1e-6)
+        assert sorted(backend._side_by_side) == sizes
+    alone = open_backend(model, engine="openvino", threads=1)
+    np.testing.assert_allclose(alone.run({"images": crops})["embedding"], reference(crops), rtol=1e-5, atol=1e-6)
 
 
 def test_a_precision_of_choice(model):

@@ -56,7 +56,7 @@ def test_the_fastest_that_passes_is_used(bundle, gpu, cache):
     assert result.chosen.target == "trt-int8"
     assert [latency.batch for latency in result.chosen.latency] == [1, 4, 8]
     fp16 = result.attempts[0]
-    assert fp16.median_ms(4) > 5 > result.chosen.median_ms(4)
+    assert fp16.median_ms(4) > 50 > result.chosen.median_ms(4)
     assert lines[0].startswith("tensorrt 10.3.0 is known to build ViT engines that are silently wrong")
     model = Model.open(bundle)
     assert model.name == "tensorrt 10.3.0 Fake Orin"

@@ -251,7 +251,7 @@ class IExecutionContext:
         found = session.run(None, feeds)
         for tensor, values in zip(session.get_outputs(), found, strict=True):
             self._array(tensor, values.shape)[...] = values + float(_WRONG in self._engine._content)
-        time.sleep(0.005 * (_SLOW in self._engine._content))
+        time.sleep(0.05 * (_SLOW in self._engine._content))
 
     def _array(self, tensor, shape):
         dtype = np.dtype(nptype(tensor.type))
