@@ -2,9 +2,9 @@
 
     python bench/openvino_speed.py BUNDLE [--out bench/results/openvino_speed.json]
 
-BUNDLE has ``onnx`` and ``openvino-int8``. All forms take turns: a free batch, a fixed one, and requests side by side as the
-runtime has them (``backend``). The floor is the model's multiply-accumulates over the rate that a product of its own
-most common shape reaches here, in each type: no kernel of it can be faster.
+BUNDLE has ``onnx`` and ``openvino-int8``. All forms take turns: a free batch, a fixed one, and requests side by side as
+the runtime has them (``backend``). The floor is the multiply-accumulates over the rate that a product of the model's
+most common shape reaches here, in each type: no kernel can be faster.
 """
 
 import argparse
