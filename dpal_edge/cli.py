@@ -6,9 +6,10 @@ Heavy imports happen inside the commands that need them, so ``--help`` never wai
 import dataclasses
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -293,16 +294,38 @@ def doctor(as_json: bool) -> None:
 
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Video file.")
+@click.option(
+    "--source",
+    "sources",
+    required=True,
+    multiple=True,
+    metavar="S",
+    help="A video file, an image or a folder of them, a camera's number, csi://0, rtsp://... or another URL; once or "
+    "several times.",
+)
 @click.option(
     "--detector",
     metavar="BUNDLE",
     help="Bundle of a person detector, or hog for OpenCV's; by default the one that comes with dpal-edge.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Annotated video: .mp4, .webm (for browsers) or .avi.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Annotated video: .mp4, .webm (for browsers) or .avi; of several sources each gets its name at the end.",
+)
 @click.option("--jsonl", type=click.Path(path_type=Path), help="JSON lines, one per frame.")
 @click.option("--embeddings", is_flag=True, help="Put embeddings into the JSON lines.")
-@click.option("--frames", type=click.IntRange(min=1), metavar="N", help="Stop after N frames.")
+@click.option(
+    "--serve", metavar="[HOST:]PORT", help="Show it live on a page; on this machine alone unless HOST is given."
+)
+@click.option(
+    "--token", metavar="TEXT", help="That the page asks for where HOST is not this machine; made if not given."
+)
+@click.option(
+    "--as-camera", is_flag=True, help="Play video files at their own speed, over and over, as a camera would."
+)
+@click.option("--keep-trying", is_flag=True, help="Wait for cameras and streams that do not answer yet.")
+@click.option("--frames", type=click.IntRange(min=1), metavar="N", help="Stop after N frames of each source.")
 @click.option("--engine", metavar="NAME", help="Engine for the model; by default the one its file implies.")
 @click.option(
     "--min-height",
@@ -319,38 +342,56 @@ def doctor(as_json: bool) -> None:
 @_json_option
 def run(
     bundle: Path,
-    source: Path,
+    sources: tuple[str, ...],
     detector: str | None,
     frames: int | None,
     engine: str | None,
     min_height: int | None,
     threshold: float | None,
+    serve: str | None,
+    token: str | None,
+    as_camera: bool,
+    keep_trying: bool,
     as_json: bool,
     **outputs: Any,
 ) -> None:
-    """Find the people in a video, and say with BUNDLE all that its heads know of them."""
-    from dpal_edge.runtime import HogDetector, ModelDetector, Pipeline, Video, video  # only this command pays for it
+    """Find the people of cameras or videos, and say with BUNDLE all that its heads know of them."""
+    from dpal_edge.runtime import FileSource, Pipeline, loop, open_sources  # only this command pays for it
+    from dpal_edge.runtime.monitor import Monitor
 
-    finder: Any = detector
-    if detector == "hog":
-        if threshold is not None:
-            raise ConfigError("--threshold is a choice of detectors' bundles; for --detector hog there is --min-height")
-        finder = HogDetector(min_height=128 if min_height is None else min_height)
-    elif min_height is not None:
-        raise ConfigError("--min-height is a choice of --detector hog; other detectors have learned what to find")
-    elif threshold is not None:
-        finder = ModelDetector.open(detector, threshold=threshold)
-    with (
-        Video(source) as clip,
-        Pipeline.open(bundle, detector=finder, engine=engine) as pipeline,
-        _progress(frames or clip.declared_frames) as advance,
-    ):
-        summary = video.run_video(pipeline, clip, limit=frames, progress=advance, **outputs)
-    click.echo(video.describe(summary), err=True)
+    if token is not None and serve is None:
+        raise ConfigError("--token is for the page of --serve [HOST:]PORT")
+    finder = _open_finder(detector, min_height, threshold)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what systemd and docker send ends a run as Ctrl-C does
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_sources(sources, patient=keep_trying, as_camera=as_camera))
+        pipeline = stack.enter_context(Pipeline.open(bundle, detector=finder, engine=engine))
+        monitor = Monitor(opened, pipeline.name)
+        if serve is not None:
+            server = _load("dpal_edge.runtime.serve", "serve").Server(monitor, serve, token=token)
+            stack.enter_context(server)
+            click.echo(f"live on {server.url}", err=True)
+        declared = [source.video.declared_frames or 0 for source in opened if isinstance(source, FileSource)]
+        advance = stack.enter_context(_progress((frames or 0) * len(opened) or sum(declared) or None))
+        summary = loop.run(pipeline, opened, limit=frames, monitor=monitor, progress=advance, **outputs)
+    click.echo(loop.describe(summary), err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     if summary.interrupted:
         sys.exit(130)
+
+
+def _open_finder(detector: str | None, min_height: int | None, threshold: float | None) -> Any:
+    """Return what finds people, as ``Pipeline.open`` takes it."""
+    from dpal_edge.runtime import HogDetector, ModelDetector  # only this command pays for it
+
+    if detector == "hog":
+        if threshold is not None:
+            raise ConfigError("--threshold is a choice of detectors' bundles; for --detector hog there is --min-height")
+        return HogDetector(min_height=128 if min_height is None else min_height)
+    if min_height is not None:
+        raise ConfigError("--min-height is a choice of --detector hog; other detectors have learned what to find")
+    return detector if threshold is None else ModelDetector.open(detector, threshold=threshold)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from dpal_edge.demo.footage import NEW_PEOPLE
 from dpal_edge.errors import DataError
 from dpal_edge.files import write_text
 from dpal_edge.manifest import Manifest
+from dpal_edge.runtime.loop import RunSummary
 from dpal_edge.runtime.opencv import load_opencv
-from dpal_edge.runtime.video import RunSummary, Video
+from dpal_edge.runtime.video import Video
 from dpal_edge.train.run import Summary
 
 _CURVES = {

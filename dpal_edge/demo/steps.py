@@ -19,9 +19,10 @@ from dpal_edge.models.human import load_human
 from dpal_edge.models.students import build_student, init_student_weights, student_config
 from dpal_edge.models.teacher import load_teachers
 from dpal_edge.models.vit import normalize
+from dpal_edge.runtime.loop import RunSummary, run
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.pipeline import Pipeline
-from dpal_edge.runtime.video import RunSummary, Video, run_video
+from dpal_edge.runtime.sources import open_sources
 from dpal_edge.train.config import TrainConfig, build_config
 from dpal_edge.train.panel import Panel
 from dpal_edge.train.run import Summary, run_training
@@ -164,8 +165,8 @@ def _trained(summary: Summary) -> str:
 
 def _run_clip(out: Path) -> RunSummary:
     detector = EmptyRoomDetector(empty_room(ROOM_CLIP))
-    with Video(ROOM_CLIP) as clip, Pipeline.open(out / "people", detector=detector) as pipeline:
-        return run_video(pipeline, clip, out=out / "annotated.webm", jsonl=out / "people.jsonl")
+    with open_sources([str(ROOM_CLIP)]) as clips, Pipeline.open(out / "people", detector=detector) as pipeline:
+        return run(pipeline, clips, out=out / "annotated.webm", jsonl=out / "people.jsonl")
 
 
 def _compare(out: Path, config: TrainConfig) -> Agreement:

@@ -2,20 +2,27 @@
 
 from dpal_edge.runtime.backend import open_backend
 from dpal_edge.runtime.detector import Detections, Detector, HogDetector, ModelDetector
+from dpal_edge.runtime.loop import run
 from dpal_edge.runtime.person import Person
 from dpal_edge.runtime.pipeline import Pipeline
+from dpal_edge.runtime.sources import FileSource, Frame, PushSource, open_source, open_sources
 from dpal_edge.runtime.tracker import Tracker
-from dpal_edge.runtime.video import Video, run_video
+from dpal_edge.runtime.video import Video
 
 __all__ = [
     "Detections",
     "Detector",
+    "FileSource",
+    "Frame",
     "HogDetector",
     "ModelDetector",
     "Person",
     "Pipeline",
+    "PushSource",
     "Tracker",
     "Video",
     "open_backend",
-    "run_video",
+    "open_source",
+    "open_sources",
+    "run",
 ]

@@ -1,6 +1,6 @@
 """ONNX Runtime as a backend."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,17 @@ class OnnxRuntimeBackend:
         self._outputs = [output.name for output in session.get_outputs()]
         self.inputs = {i.name: tuple(d if isinstance(d, int) else None for d in i.shape) for i in session.get_inputs()}
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
+        names, options = self._outputs, None
+        if outputs is not None:
+            names, options = list(outputs), ort.RunOptions()
+            options.only_execute_path_to_fetches = True
         try:
-            outputs = self._session.run(self._outputs, dict(feeds))
+            found = self._session.run(names, dict(feeds), options)
         except (ValueError, *_FAILURES) as error:  # ValueError: an input name is missing
             raise ModelFileError(f"{self.name} cannot run the model on these inputs: {_line(error)}") from error
-        return dict(zip(self._outputs, outputs, strict=True))
+        return dict(zip(names, found, strict=True))
 
 
 def load(path: Path, device: str, threads: int, precision: str | None) -> OnnxRuntimeBackend:

@@ -1,6 +1,6 @@
 """OpenVINO as a backend."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,9 @@ class OpenVinoBackend:
         self._lone = compile_model(self._fix(1) if self._free else model, 1).create_infer_request()
         self._side_by_side: dict[int, list[ov.InferRequest]] = {}  # by images of each
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
+        names = self._outputs if outputs is None else outputs
         # OpenVINO would cast another type, and run once more on what it had before where an input is missing.
         if (found := {name: array.dtype for name, array in feeds.items()}) != self._types:
             raise ModelFileError(
@@ -55,16 +56,18 @@ class OpenVinoBackend:
         try:
             if not self._free:
                 self._lone.infer(dict(feeds))
-                return {name: np.array(self._lone.get_tensor(name).data) for name in self._outputs}
-            return self._run_each(feeds, len(next(iter(feeds.values()))))
+                return {name: np.array(self._lone.get_tensor(name).data) for name in names}
+            return self._run_each(feeds, len(next(iter(feeds.values()))), names)
         except RuntimeError as error:
             raise ModelFileError(f"{self.name} cannot run the model on these inputs: {_line(error)}") from error
 
-    def _run_each(self, feeds: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
+    def _run_each(self, feeds: Mapping[str, NDArray[Any]], count: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Run ``count`` images in as few rounds of equal requests as that takes."""
-        shapes = {name: self._lone.get_tensor(name).shape for name in self._outputs}
-        types = {name: self._lone.get_tensor(name).element_type.to_dtype() for name in self._outputs}
-        outputs = {name: np.empty((count, *list(shapes[name])[1:]), types[name]) for name in self._outputs}
+        tensors = {name: self._lone.get_tensor(name) for name in names}
+        outputs = {
+            name: np.empty((count, *list(tensor.shape)[1:]), tensor.element_type.to_dtype())
+            for name, tensor in tensors.items()
+        }
         start = 0
         while start < count:
             size = next(size for size in _SIZES if count - start >= size * self._streams or size == 1)
@@ -74,7 +77,7 @@ class OpenVinoBackend:
                 request.start_async({name: array[i : i + size] for name, array in feeds.items()})
             for request, i in zip(requests, starts, strict=False):
                 request.wait()
-                for name in self._outputs:
+                for name in names:
                     outputs[name][i : i + size] = request.get_tensor(name).data
             start = starts.stop
         return outputs

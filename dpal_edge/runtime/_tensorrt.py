@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class TensorRtBackend:
         owned: list[Buffer | Memory | Stream] = [*self._buffers.values(), self._activations, self._stream]
         self.close = weakref.finalize(self, _free, self._graphs, owned)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
         found = {name: (array.dtype, array.shape[1:]) for name, array in feeds.items()}
         expected = {name: (self._types[name], self._shapes[name][1:]) for name in self.inputs}
@@ -68,7 +68,7 @@ class TensorRtBackend:
             self._stream.wait()  # a capture must not find work that is under way
             if self._recorded:
                 self._graphs[count] = self._stream.record(lambda: self._queue(context, count))
-        return {name: self._view(name, count).copy() for name in self._leaving}
+        return {name: self._view(name, count).copy() for name in outputs or self._leaving}
 
     def _create_context(self, count: int) -> Any:
         """Return an execution context for ``count`` images."""

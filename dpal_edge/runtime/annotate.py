@@ -1,7 +1,7 @@
 """Draw people on a frame: boxes with their tracks, joints, the parts of bodies and clothes, attributes."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,11 @@ _MIDDLE_LIMBS = (("head_top", "neck"), ("left_shoulder", "right_shoulder"), ("le
 _SINGLE = ("nose", "neck")
 
 
-def draw(frame: NDArray[np.uint8], people: Sequence[Person]) -> NDArray[np.uint8]:
-    """Return a copy of a (H, W, 3) BGR frame with all that is known about each person.
+LAYERS = ("box", "pose", "parsing", "attributes")  # what can be drawn
+
+
+def draw(frame: NDArray[np.uint8], people: Sequence[Person], *, layers: Collection[str] = LAYERS) -> NDArray[np.uint8]:
+    """Return a copy of a (H, W, 3) BGR frame with what is known about each person, of the ``layers`` that are wanted.
 
     A rectangle in the track's colour and a label ("#3 0.87": track, score); parsing as a tint per class; joints with
     their limbs, amber on a person's left and blue on the right; the likeliest attributes in words. Lines and text
@@ -41,17 +44,18 @@ def draw(frame: NDArray[np.uint8], people: Sequence[Person]) -> NDArray[np.uint8
     """
     canvas = _Canvas(frame)
     boxes = pixel_boxes(np.array([person.box for person in people], np.float32).reshape(-1, 4), frame.shape).tolist()
-    for person in people:
+    placed = list(zip(people, boxes, strict=True))
+    for person, _ in placed if "parsing" in layers else ():
         canvas.tint(person)
-    for person, box in zip(people, boxes, strict=True):
+    for person, box in placed if "box" in layers else ():
         canvas.outline(box, track_color(person.track_id))
-    for person, (_, top, _, bottom) in zip(people, boxes, strict=True):
+    for person, (_, top, _, bottom) in placed if "pose" in layers else ():
         canvas.skeleton(person, bottom - top)
     # Labels last: no line may cross a text, and no label covers another.
-    for person, (left, top, _, _) in zip(people, boxes, strict=True):
+    for person, (left, top, _, _) in placed if "box" in layers else ():
         number = "" if person.track_id is None else f"#{person.track_id} "
         canvas.label(f"{number}{person.score:.2f}", (left, top), track_color(person.track_id))
-    for person, (left, _, _, bottom) in zip(people, boxes, strict=True):
+    for person, (left, _, _, bottom) in placed if "attributes" in layers else ():
         if text := _likely(person):
             canvas.caption(text, (left, bottom))
     return canvas.image

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +30,12 @@ class Backend(Protocol):
     name: str  # engine, version and device, for example "onnxruntime 1.23.0 cpu"
     inputs: Mapping[str, tuple[int | None, ...]]  # name -> shape, None where free
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name.
+
+        Args:
+            feeds: of all inputs.
+            outputs: that are wanted; None is all. An engine that can leaves out the work for others.
 
         Raises:
             ModelFileError: the engine refuses the inputs, or the model fails on them.

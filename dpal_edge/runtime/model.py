@@ -1,6 +1,6 @@
 """The model of a bundle, opened: images in, the raw output of every head out, as its manifest promises."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,12 @@ class Model:
         precision = choice.precision if choice else None
         return cls(open_backend(path, engine=engine, device=device, threads=threads, precision=precision), manifest)
 
-    def run(self, images: NDArray[np.uint8]) -> Outputs:
-        """Map uint8 RGB images (n, H, W, 3) of the model's size to every head's output (n, ...); n may be 0.
+    def run(self, images: NDArray[np.uint8], heads: Sequence[HeadSpec] | None = None) -> Outputs:
+        """Map uint8 RGB images (n, H, W, 3) of the model's size to the output of each head (n, ...); n may be 0.
+
+        Args:
+            images: as above.
+            heads: that are wanted, of the manifest; None is all.
 
         Raises:
             ModelFileError: an output is not of the manifest's shape.
@@ -76,15 +80,17 @@ class Model:
         """
         if self._backend is None:
             raise ValueError("the model is closed; open it again")
+        wanted = self.manifest.heads if heads is None else heads
+        names = None if heads is None else [head.name for head in heads]
         parts = []
-        for start in range(0, len(images), _MAX_BATCH):
+        for start in range(0, len(images) if wanted else 0, _MAX_BATCH):
             batch = images[start : start + _MAX_BATCH]
-            parts.append(self._backend.run({self.manifest.input.name: batch}))
-            for head in self.manifest.heads:
+            parts.append(self._backend.run({self.manifest.input.name: batch}, names))
+            for head in wanted:
                 _check_output(head, parts[-1], len(batch))
         if len(parts) == 1:
             return parts[0]
-        empty = {head.name: np.empty((0, *head.shape), np.float32) for head in self.manifest.heads}
+        empty = {head.name: np.empty((0, *head.shape), np.float32) for head in wanted}
         return {name: np.concatenate([array, *(part[name] for part in parts)]) for name, array in empty.items()}
 
     def close(self) -> None:

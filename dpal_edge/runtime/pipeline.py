@@ -1,16 +1,17 @@
 """From a camera frame to people."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.runtime.detector import Detector, ModelDetector
+from dpal_edge.runtime.detector import Detections, Detector, ModelDetector
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.person import Person, check_heads, decode_heads
 from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
@@ -18,9 +19,13 @@ from dpal_edge.runtime.tracker import Tracker, unit_rows
 
 
 class Pipeline:
-    """Detector, model and tracker of one camera; call it with every frame. Use it from one thread at a time."""
+    """Detector, model and a tracker for each camera; call it with every frame. Use it from one thread at a time.
 
-    def __init__(self, model: Model, detector: Detector, tracker: Tracker | None = None) -> None:
+    Several pipelines in one process do not share anything. Close it, or use it in a ``with`` statement: engines hold
+    memory outside of Python's.
+    """
+
+    def __init__(self, model: Model, detector: Detector, *, track: bool = True) -> None:
         """Most callers want ``open``."""
         self.timing_ms: dict[str, float] = {}  # of the last call: "detect", "crop", "model", "decode", "track"
         self.manifest = model.manifest
@@ -28,7 +33,8 @@ class Pipeline:
         check_heads(self.manifest.heads, self.manifest.input.size)
         self._model = model
         self._detector = detector
-        self._tracker = tracker
+        self._track = track
+        self._trackers: dict[str, Tracker] = {}  # by camera
         self._opened: ModelDetector | None = None  # what goes with this pipeline
         self._head = next((head for head in self.manifest.heads if head.task == "embedding"), None)
 
@@ -61,28 +67,61 @@ class Pipeline:
         opened = None
         if detector is None or isinstance(detector, str | Path):
             detector = opened = ModelDetector.open(detector, device=device, threads=threads)
-        pipeline = cls(model, detector, Tracker() if tracker else None)
+        pipeline = cls(model, detector, track=tracker)
         pipeline._opened = opened
         return pipeline
 
     def __call__(self, frame: NDArray[np.uint8]) -> list[Person]:
         """Detect, describe and track the people of one (H, W, 3) uint8 BGR frame; no person gives an empty list."""
-        check_images(frame, "frame", ("H", "W", 3))
-        heads, size = self.manifest.heads, self.manifest.input.size
+        return self.look({"": frame})[""]
+
+    def look(
+        self, frames: Mapping[str, NDArray[np.uint8]], *, tasks: Collection[str] | None = None
+    ) -> dict[str, list[Person]]:
+        """Do the same for frames of several cameras at once: one pass of the model serves the people of all.
+
+        Args:
+            frames: (H, W, 3) uint8 BGR by camera, each of its own size; each camera has its own tracks.
+            tasks: whose heads are wanted, such as ("pose",); None is all. The others' fields of ``Person`` are None.
+                ONNX Runtime leaves their work out, other engines only their decoding.
+
+        Raises:
+            ValueError: a frame of another shape or type, or a task that the bundle has no head for.
+        """
+        for frame in frames.values():
+            check_images(frame, "frame", ("H", "W", 3))
+        if unknown := set(tasks or ()) - {head.task for head in self.manifest.heads}:
+            raise ValueError(f"no head for {', '.join(sorted(unknown))}, expected {self._tasks()}")
+        heads = tuple(head for head in self.manifest.heads if tasks is None or head.task in tasks)
+        size = self.manifest.input.size
         with self._timed("detect"):
-            found = self._detector(frame)
+            found = {camera: self._detector(frame) for camera, frame in frames.items()}
         with self._timed("crop"):
-            boxes = pixel_boxes(found.boxes, frame.shape)
-            crops = crop_people(frame, found.boxes, size)
+            boxes = [np.empty((0, 4), np.int64)]
+            crops = np.empty((sum(len(seen.scores) for seen in found.values()), *size, 3), np.uint8)
+            end = 0
+            for camera, frame in frames.items():
+                boxes.append(pixel_boxes(found[camera].boxes, frame.shape))
+                start, end = end, end + len(boxes[-1])
+                crop_people(frame, found[camera].boxes, size, out=crops[start:end])
         with self._timed("model"):
-            outputs = self._model.run(crops)
+            outputs = self._model.run(crops, heads)
         with self._timed("decode"):
-            people = decode_heads(heads, outputs, size, boxes)
+            people = iter(decode_heads(heads, outputs, size, np.concatenate(boxes)))
         with self._timed("track"):
-            ids: list[int | None] = [None] * len(people)
-            if self._tracker:
-                embeddings = np.stack([person["embedding"] for person in people]) if people and self._head else None
-                ids = [*self._tracker.update(found.boxes, embeddings)]
+            return {
+                camera: self._follow(camera, seen, [next(people) for _ in seen.scores])
+                for camera, seen in found.items()
+            }
+
+    def _follow(self, camera: str, found: Detections, people: list[dict[str, Any]]) -> list[Person]:
+        """Give the people of one camera their tracks."""
+        ids: list[int | None] = [None] * len(people)
+        if self._track:
+            seen = [person["embedding"] for person in people if "embedding" in person]
+            embeddings = np.stack(seen) if seen else None
+            tracker = self._trackers.setdefault(camera, Tracker())
+            ids = [*tracker.update(found.boxes, embeddings)]
         return [
             Person(_corners(box), float(score), track_id, **person)
             for box, score, track_id, person in zip(found.boxes, found.scores, ids, people, strict=True)
@@ -96,9 +135,13 @@ class Pipeline:
         """
         check_images(crops, "crops", ("n", *self.manifest.input.size, 3))
         if self._head is None:
-            tasks = ", ".join(head.task for head in self.manifest.heads)
-            raise ModelFileError(f"the bundle has no embedding head, only: {tasks}; export one with an embedding")
+            raise ModelFileError(
+                f"the bundle has no embedding head, only: {self._tasks()}; export one with an embedding"
+            )
         return unit_rows(self._model.run(crops)[self._head.name])
+
+    def _tasks(self) -> str:
+        return ", ".join(head.task for head in self.manifest.heads)
 
     def close(self) -> None:
         """Free the model, and the detector if ``open`` opened it; later calls raise ``ValueError``."""

@@ -8,7 +8,23 @@ from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.tasks.letterbox import GREY, fit
 
 
-def crop_people(frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int]) -> NDArray[np.uint8]:
+def as_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """Return an image as (H, W, 3) BGR: itself, (H, W) or (H, W, 1) grey, or (H, W, 4) BGRA; None for what is none."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+        return None
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    if channels == 3:
+        return image
+    if channels not in (1, 4):
+        return None
+    cv2 = load_opencv()
+    converted: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if channels == 1 else cv2.COLOR_BGRA2BGR)
+    return converted
+
+
+def crop_people(
+    frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int], *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
     """Cut the boxes out of a frame and resize them, aspect ratio not kept, as person datasets do.
 
     Edges are rounded to whole pixels and clipped to the frame: what lies outside is left out, never invented, as in
@@ -20,12 +36,13 @@ def crop_people(frame: NDArray[np.uint8], boxes: Boxes, size: tuple[int, int]) -
         frame: (H, W, 3) BGR.
         boxes: (n, 4) left, top, right, bottom in pixels.
         size: height, width of the output.
+        out: where to write it, a part of a larger batch; None makes it.
 
     Returns:
         (n, height, width, 3) RGB; n may be 0.
     """
     height, width = size
-    crops = np.empty((len(boxes), height, width, 3), np.uint8)
+    crops = np.empty((len(boxes), height, width, 3), np.uint8) if out is None else out
     if not len(boxes):
         return crops
     cv2 = load_opencv()
@@ -52,7 +69,9 @@ def letterbox_frame(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[
 
 
 def pixel_boxes(boxes: Boxes, frame_shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Round boxes to whole pixels inside a frame of shape (H, W, ...); each keeps at least one pixel.
+    """Round boxes to whole pixels inside a frame of shape (H, W, ...).
+
+    Each keeps at least one pixel; one that lies outside becomes the nearest at the frame's edge.
 
     Returns:
         (n, 4) left, top, right, bottom; right and bottom exclusive.

@@ -8,7 +8,7 @@ from tiny_bundle import ColourDetector, people_frame, write_detector_bundle
 
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.runtime import Person, Pipeline, Video, run_video
+from dpal_edge.runtime import Person, Pipeline, Video, open_sources, run
 from dpal_edge.runtime.annotate import draw, track_color
 
 cv2 = pytest.importorskip("cv2")
@@ -28,9 +28,9 @@ def lines_of(path):
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi"])
 def test_run_writes_a_playable_video_and_lines(pipeline, clip, tmp_path, suffix):
     out, jsonl, seen = tmp_path / f"out{suffix}", tmp_path / "out.jsonl", []
-    with Video(clip(12)) as video:
-        assert (video.size, video.fps, video.declared_frames) == ((96, 160), 5.0, 12)
-        summary = run_video(pipeline, video, out=out, jsonl=jsonl, progress=seen.append)
+    with open_sources([str(clip(12))]) as [video]:
+        assert (video.video.size, video.fps, video.video.declared_frames) == ((96, 160), 5.0, 12)
+        summary = run(pipeline, [video], out=out, jsonl=jsonl, progress=seen.append)
     assert (summary.frames, summary.persons, summary.tracks) == (12, 24, 2)
     assert (summary.missing_frames, summary.interrupted, sum(seen)) == (0, False, 12)
     assert summary.latency_ms.keys() == {"detect", "crop", "model", "decode", "track"}
@@ -45,8 +45,8 @@ def test_run_writes_a_playable_video_and_lines(pipeline, clip, tmp_path, suffix)
 
 
 def test_embeddings_and_limit(pipeline, clip, tmp_path):
-    with Video(clip(6)) as video:
-        summary = run_video(pipeline, video, jsonl=tmp_path / "out.jsonl", embeddings=True, limit=2)
+    with open_sources([str(clip(6))]) as [video]:
+        summary = run(pipeline, [video], jsonl=tmp_path / "out.jsonl", embeddings=True, limit=2)
     assert (summary.frames, summary.missing_frames) == (2, 0)
     assert len(lines_of(tmp_path / "out.jsonl")[1]["persons"][0]["embedding"]) == 5
 
@@ -66,8 +66,8 @@ class _Impatient(ColourDetector):
 def test_ctrl_c_keeps_what_was_done(bundle, clip, tmp_path, monkeypatch):
     monkeypatch.setattr(_Impatient, "calls", 0)
     out, jsonl = tmp_path / "out.mp4", tmp_path / "out.jsonl"
-    with Video(clip(8)) as video, Pipeline.open(bundle, detector=_Impatient()) as pipeline:
-        summary = run_video(pipeline, video, out=out, jsonl=jsonl)
+    with open_sources([str(clip(8))]) as [video], Pipeline.open(bundle, detector=_Impatient()) as pipeline:
+        summary = run(pipeline, [video], out=out, jsonl=jsonl)
     assert (summary.frames, summary.interrupted, summary.missing_frames) == (3, True, 0)
     with Video(out) as written:
         assert len(list(written)) == 3
@@ -80,17 +80,17 @@ def test_a_failure_leaves_no_output(bundle, clip, tmp_path):
 
     out, jsonl = tmp_path / "out.mp4", tmp_path / "out.jsonl"
     pipeline = Pipeline.open(bundle, detector=broken)
-    with Video(clip(3)) as video, pytest.raises(ValueError, match="broken detector"):
-        run_video(pipeline, video, out=out, jsonl=jsonl)
+    with open_sources([str(clip(3))]) as [video], pytest.raises(ValueError, match="broken detector"):
+        run(pipeline, [video], out=out, jsonl=jsonl)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "clip.avi"]
 
 
 def test_a_truncated_video_ends_with_a_count(pipeline, clip):
     path = clip(20)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with Video(path) as video:
-        declared = video.declared_frames
-        summary = run_video(pipeline, video)
+    with open_sources([str(path)]) as [video]:
+        declared = video.video.declared_frames
+        summary = run(pipeline, [video])
     assert 0 < summary.frames < 20
     assert summary.frames + summary.missing_frames == (declared or summary.frames)
 
@@ -105,14 +105,14 @@ def test_sources_that_are_no_video(tmp_path):
 
 def test_outputs_that_cannot_be(pipeline, clip, tmp_path):
     path = clip(2)
-    with Video(path) as video:
+    with open_sources([str(path)]) as [video]:
         with pytest.raises(ConfigError, match=r"cannot write '\.gif' video, expected one of: \.mp4, \.webm, \.avi"):
-            run_video(pipeline, video, out=tmp_path / "out.gif")
-        with pytest.raises(ConfigError, match=r"clip\.avi: source and outputs must be different files"):
-            run_video(pipeline, video, out=path)
+            run(pipeline, [video], out=tmp_path / "out.gif")
+        with pytest.raises(ConfigError, match=r"clip\.avi: sources and outputs must be different files"):
+            run(pipeline, [video], out=path)
         (tmp_path / "file").write_text("")
         with pytest.raises(DataError, match="cannot be written"):
-            run_video(pipeline, video, jsonl=tmp_path / "file" / "out.jsonl")
+            run(pipeline, [video], jsonl=tmp_path / "file" / "out.jsonl")
 
 
 def test_drawing_marks_people_and_leaves_the_frame_alone():
@@ -189,6 +189,6 @@ def test_cli_run_errors_are_one_line(bundle, detector, clip, arguments, text):
 
 
 def test_the_summary_is_json(pipeline, clip):
-    with Video(clip(1)) as video:
-        summary = run_video(pipeline, video)
+    with open_sources([str(clip(1))]) as [video]:
+        summary = run(pipeline, [video])
     assert json.loads(json.dumps(dataclasses.asdict(summary)))["latency_ms"]["model"]["p95"] >= 0

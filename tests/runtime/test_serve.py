@@ -1,0 +1,193 @@
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from tiny_bundle import ColourDetector, people_frame
+
+from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.runtime import Pipeline, PushSource
+from dpal_edge.runtime.loop import run
+from dpal_edge.runtime.monitor import Monitor
+
+cv2 = pytest.importorskip("cv2")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("aiohttp")
+from dpal_edge.runtime.serve import Server, parse_address  # noqa: E402, needs aiohttp
+
+WAIT_S = 30
+
+
+class App:
+    """A pipeline that runs over two cameras in a thread, and the means to give them frames."""
+
+    def __init__(self, bundle):
+        self.door, self.yard = PushSource("door"), PushSource("the yard")
+        self.pipeline = Pipeline.open(bundle, detector=ColourDetector())
+        self.monitor = Monitor([self.door, self.yard], self.pipeline.name)
+        self.thread = threading.Thread(
+            target=run, args=(self.pipeline, [self.door, self.yard]), kwargs={"monitor": self.monitor, "wait_s": 0.0}
+        )
+        self.thread.start()
+
+    def push(self, x=10):
+        self.door.push(people_frame({"r": (x, 20), "g": (90, 50)}))
+
+    def close(self):
+        self.door.close()
+        self.yard.close()
+        self.thread.join(WAIT_S)
+        self.pipeline.close()
+
+
+@pytest.fixture
+def app(bundle):
+    running = App(bundle)
+    running.push()
+    end = time.monotonic() + WAIT_S
+    while "door" not in running.monitor.newest and time.monotonic() < end:
+        time.sleep(0.005)
+    yield running
+    running.close()
+
+
+def get(server, path, **headers):
+    request = urllib.request.Request(f"http://{server.host}:{server.port}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=WAIT_S) as response:
+        return response.read().decode()
+
+
+def status(server, path, **headers):
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=WAIT_S)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    connection.close()
+    return response.status, dict(response.getheaders())
+
+
+def pictures(server, path, count):
+    """Read so many JPEG pictures of a stream."""
+    found = []
+    with urllib.request.urlopen(f"http://{server.host}:{server.port}{path}", timeout=WAIT_S) as response:
+        while len(found) < count:
+            length = 0
+            while (line := response.readline()) != b"\r\n" or not length:
+                if match := re.match(rb"Content-Length: (\d+)", line):
+                    length = int(match[1])
+            found.append(cv2.imdecode(np.frombuffer(response.read(length), np.uint8), cv2.IMREAD_COLOR))
+    return found
+
+
+def test_the_numbers_and_the_page(app):
+    with Server(app.monitor, "0") as server:
+        assert server.url == f"http://127.0.0.1:{server.port}/"
+        told = json.loads(get(server, "/state.json"))
+        door, yard = told["sources"]["door"], told["sources"]["the yard"]
+        assert (door["frames"], door["processed"], door["people"], door["live"]) == (1, 1, 2, True)
+        assert [person["track_id"] for person in door["persons"]] == [1, 2]
+        assert (yard["processed"], yard["persons"]) == (0, [])
+        assert told["stages_ms"].keys() == {"detect", "crop", "model", "decode", "track"}
+        text = get(server, "/metrics")
+        assert 'dpal_edge_frames_total{source="door"} 1\n' in text
+        assert 'dpal_edge_people{source="the yard"} 0\n' in text
+        assert 'dpal_edge_stage_seconds_count{stage="model"} 1\n' in text
+        for line in text.splitlines():
+            assert re.fullmatch(r"# TYPE \w+ (gauge|counter|summary)|\w+(\{[^{}]*\})? [-+.e\d]+", line), line
+        page = get(server, "/")
+        assert "dpal-edge live" in page
+        assert not re.search(r"(src|href)=.https?:", page)  # it works without the internet
+
+
+def test_live_pictures(app):
+    with Server(app.monitor, "127.0.0.1:0") as server:
+        [plain] = pictures(server, "/live/door?show=", 1)
+        assert plain.shape == (96, 160, 3)
+        [drawn] = pictures(server, "/live/door", 1)
+        assert np.abs(drawn.astype(int) - plain).max() > 60  # boxes and labels
+        threading.Timer(0.3, app.push, [60]).start()
+        first, second = pictures(server, "/live/door?show=box", 2)
+        assert np.abs(first.astype(int) - second).max() > 60
+        assert status(server, "/live/cellar")[0] == 404
+
+
+def test_events(app):
+    with Server(app.monitor, "0") as server:
+        address = f"http://127.0.0.1:{server.port}/events"
+        with urllib.request.urlopen(address, timeout=WAIT_S) as response:
+            for _ in range(2):
+                line = response.readline().decode()
+                assert json.loads(line.removeprefix("data: "))["sources"]["door"]["people"] == 2
+                response.readline()
+
+
+def test_a_viewer_who_never_reads_stops_nobody(app):
+    with Server(app.monitor, "0") as server, socket.create_connection(("127.0.0.1", server.port)) as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        lazy.sendall(b"GET /live/door HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        processed = app.monitor.describe()["sources"]["door"]["processed"]
+        for i in range(50):
+            app.push(10 + i)
+            time.sleep(0.002)
+        assert len(pictures(server, "/live/door", 1)) == 1
+        end = time.monotonic() + WAIT_S
+        while app.monitor.describe()["sources"]["door"]["processed"] < processed + 5:
+            assert time.monotonic() < end
+
+
+def test_a_token_is_asked_for_beyond_this_machine(app):
+    with Server(app.monitor, "0.0.0.0:0") as server:
+        server.host = "127.0.0.1"  # where the test asks
+        assert len(server.token) > 15
+        for path in ("/", "/state.json", "/metrics", "/live/door", "/events", "/state.json?token=wrong"):
+            assert status(server, path)[0] == 401
+        assert status(server, "/healthz")[0] == 200  # tells nothing about people
+        assert status(server, "/metrics", Authorization=f"Bearer {server.token}")[0] == 200
+        code, headers = status(server, f"/?token={server.token}")
+        assert (code, headers["Location"]) == (302, "/")
+        cookie = headers["Set-Cookie"]
+        assert "HttpOnly" in cookie
+        assert "SameSite=Strict" in cookie
+        assert status(server, "/", Cookie=cookie.partition(";")[0])[0] == 200
+
+
+def test_other_names_are_refused_on_this_machine(app):
+    with Server(app.monitor, "0") as server:
+        assert status(server, "/state.json", Host="evil.example")[0] == 403
+        assert status(server, "/state.json", Host=f"localhost:{server.port}")[0] == 200
+
+
+def test_health(app, monkeypatch):
+    with Server(app.monitor, "0") as server:
+        assert status(server, "/healthz")[0] == 200
+        monkeypatch.setattr("dpal_edge.runtime.sources._STALLED_S", 0.0)
+        assert status(server, "/healthz")[0] == 503
+        assert json.loads(get(server, "/state.json"))["sources"]["door"]["stalled"]
+
+
+def test_a_port_that_is_taken(app):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(DataError, match=rf"127\.0\.0\.1:{port} cannot be served: .*choose another port"):
+            Server(app.monitor, str(port)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8080", ("127.0.0.1", 8080)), ("0.0.0.0:80", ("0.0.0.0", 80)), ("[::1]:8080", ("::1", 8080))],
+)
+def test_addresses(text, expected):
+    assert parse_address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["door", "0.0.0.0", "1:99999", ""])
+def test_no_address(text):
+    with pytest.raises(ConfigError, match="expected PORT or HOST:PORT, for example 8080"):
+        parse_address(text)
