@@ -5,7 +5,7 @@ from dpal_edge.runtime.detector import Detections, Detector, HogDetector, ModelD
 from dpal_edge.runtime.loop import run
 from dpal_edge.runtime.person import Person
 from dpal_edge.runtime.pipeline import Pipeline
-from dpal_edge.runtime.sources import FileSource, Frame, PushSource, open_source, open_sources
+from dpal_edge.runtime.sources import FileSource, Frame, PushSource, gather, open_source, open_sources
 from dpal_edge.runtime.tracker import Tracker
 from dpal_edge.runtime.video import Video
 
@@ -21,6 +21,7 @@ __all__ = [
     "PushSource",
     "Tracker",
     "Video",
+    "gather",
     "open_backend",
     "open_source",
     "open_sources",

@@ -62,7 +62,8 @@ def run(
         try:
             for found in gather(sources, wait_s=wait_s):
                 found = {name: frame for name, frame in found.items() if frames[name] < (limit or math.inf)}
-                people = pipeline.look({name: frame.image for name, frame in found.items()})
+                times_s = {name: frame.time_s for name, frame in found.items()}
+                people = pipeline.look({name: frame.image for name, frame in found.items()}, times_s=times_s)
                 monitor.add(found, people, pipeline.timing_ms)
                 for name, frame in found.items():
                     for sink in sinks:

@@ -20,7 +20,11 @@ _Columns = dict[str, Sequence[Any]]  # a field of Person -> its value for each o
 
 @dataclass(frozen=True, eq=False)
 class Person:
-    """One person in one frame. What the bundle has no head for is None."""
+    """One person in one frame. What the bundle has no head for is None.
+
+    Of a tracked person the embedding and the attributes are running means over the track: they flicker less than what
+    one frame shows.
+    """
 
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels
     score: float  # of the detector, 0..1

@@ -35,6 +35,7 @@ class Pipeline:
         self._detector = detector
         self._track = track
         self._trackers: dict[str, Tracker] = {}  # by camera
+        self._times_s: dict[str, float] = {}  # of each camera's last frame
         self._opened: ModelDetector | None = None  # what goes with this pipeline
         self._head = next((head for head in self.manifest.heads if head.task == "embedding"), None)
 
@@ -71,12 +72,22 @@ class Pipeline:
         pipeline._opened = opened
         return pipeline
 
-    def __call__(self, frame: NDArray[np.uint8]) -> list[Person]:
-        """Detect, describe and track the people of one (H, W, 3) uint8 BGR frame; no person gives an empty list."""
-        return self.look({"": frame})[""]
+    def __call__(self, frame: NDArray[np.uint8], *, time_s: float | None = None) -> list[Person]:
+        """Detect, describe and track the people of one (H, W, 3) uint8 BGR frame; no person gives an empty list.
+
+        Args:
+            frame: the next one of the camera.
+            time_s: when it was taken, on any clock: where frames are dropped, tracks are then expected further on. None
+                is a frame's time after the one before.
+        """
+        return self.look({"": frame}, times_s=None if time_s is None else {"": time_s})[""]
 
     def look(
-        self, frames: Mapping[str, NDArray[np.uint8]], *, tasks: Collection[str] | None = None
+        self,
+        frames: Mapping[str, NDArray[np.uint8]],
+        *,
+        tasks: Collection[str] | None = None,
+        times_s: Mapping[str, float] | None = None,
     ) -> dict[str, list[Person]]:
         """Do the same for frames of several cameras at once: one pass of the model serves the people of all.
 
@@ -84,6 +95,7 @@ class Pipeline:
             frames: (H, W, 3) uint8 BGR by camera, each of its own size; each camera has its own tracks.
             tasks: whose heads are wanted, such as ("pose",); None is all. The others' fields of ``Person`` are None.
                 ONNX Runtime leaves their work out, other engines only their decoding.
+            times_s: by camera, when its frame was taken.
 
         Raises:
             ValueError: a frame of another shape or type, or a task that the bundle has no head for.
@@ -110,22 +122,45 @@ class Pipeline:
             people = iter(decode_heads(heads, outputs, size, np.concatenate(boxes)))
         with self._timed("track"):
             return {
-                camera: self._follow(camera, seen, [next(people) for _ in seen.scores])
+                camera: self._follow(
+                    camera, seen, [next(people) for _ in seen.scores], times_s.get(camera) if times_s else None
+                )
                 for camera, seen in found.items()
             }
 
-    def _follow(self, camera: str, found: Detections, people: list[dict[str, Any]]) -> list[Person]:
-        """Give the people of one camera their tracks."""
+    def _follow(
+        self, camera: str, found: Detections, people: list[dict[str, Any]], time_s: float | None
+    ) -> list[Person]:
+        """Give the people of one camera their tracks, and the means over them."""
         ids: list[int | None] = [None] * len(people)
         if self._track:
-            seen = [person["embedding"] for person in people if "embedding" in person]
-            embeddings = np.stack(seen) if seen else None
-            tracker = self._trackers.setdefault(camera, Tracker())
-            ids = [*tracker.update(found.boxes, embeddings)]
+            ids = self._identify(camera, found, people, time_s)
         return [
             Person(_corners(box), float(score), track_id, **person)
             for box, score, track_id, person in zip(found.boxes, found.scores, ids, people, strict=True)
         ]
+
+    def _identify(
+        self, camera: str, found: Detections, people: list[dict[str, Any]], time_s: float | None
+    ) -> list[int | None]:
+        """Return the tracks of one camera's people; their embeddings and attributes become the means over them."""
+        tracker = self._trackers.setdefault(camera, Tracker())
+        before, seconds = self._times_s.get(camera), None
+        if time_s is not None:
+            seconds = None if before is None else max(0.0, time_s - before)  # a clock may be set back
+            self._times_s[camera] = time_s
+        embeddings = (
+            np.stack([person["embedding"] for person in people]) if people and "embedding" in people[0] else None
+        )
+        ids = tracker.update(found.boxes, embeddings, found.scores, seconds=seconds)
+        if embeddings is not None:
+            for person, mean in zip(people, tracker.smooth_embeddings(ids, embeddings), strict=True):
+                person["embedding"] = mean
+        if people and "attributes" in people[0]:
+            shares = np.array([list(person["attributes"].values()) for person in people], np.float32)
+            for person, mean in zip(people, tracker.smooth(ids, {"attributes": shares})["attributes"], strict=True):
+                person["attributes"] = dict(zip(person["attributes"], mean.tolist(), strict=True))
+        return ids
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Map (n, H, W, 3) uint8 RGB crops of the model's size to (n, D) embeddings of length 1.
