@@ -273,12 +273,20 @@ def verify(path: Path, as_json: bool) -> None:
 @click.option("--backend", metavar="NAME", help="Engine to install for; by default all that are here are tried.")
 @_json_option
 def install(bundle: Path, backend: str | None, as_json: bool) -> None:
-    """Build what BUNDLE needs on this device, check and time every form of it, and keep the fastest that passes."""
-    from dpal_edge.install import installer  # only this command pays for it
+    """Build what BUNDLE needs on this device, check and time every form of it, and keep the fastest that passes.
 
-    result = installer.install(bundle, backend=backend, say=_say)
-    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.as_text())
-    if result.chosen is None:
+    Without --backend the same is done for the detector that comes with dpal-edge, which run uses by default.
+    """
+    from dpal_edge.install import installer  # only this command pays for it
+    from dpal_edge.runtime.detector import DEFAULT_DETECTOR
+
+    bundles = [bundle] if backend else [bundle, DEFAULT_DETECTOR]
+    results = [installer.install(one, backend=backend, say=_say) for one in bundles]
+    for result in () if as_json else results:
+        click.echo(result.as_text())
+    if as_json:
+        click.echo(json.dumps([result.to_dict() for result in results], indent=2))
+    if any(result.chosen is None for result in results):
         sys.exit(2)
 
 

@@ -127,7 +127,7 @@ def _engines(artifact: Artifact) -> Iterator[tuple[str, str | None]]:
     readers = ENGINES.get(Path(artifact.file.file).suffix, ())
     for name in tuple(name for name in readers if find_spec(name)) or readers[:1]:
         yield name, None
-        if name == "openvino" and artifact.precision != "int8" and cpu_features().fast_bf16:
+        if name == "openvino" and cpu_features().fast_bf16:
             yield name, "bf16"
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_bundle import SIZE, reference, write_bundle, write_model
+from tiny_bundle import SIZE, reference, write_bundle, write_detector_bundle, write_model
 
 from dpal_edge.cli import main
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.install.installer import install
 from dpal_edge.manifest import FileSpec, Manifest
 from dpal_edge.runtime.device import CpuFeatures
-from dpal_edge.runtime.installed import Choice, write_record
+from dpal_edge.runtime.installed import Choice, read_choice, write_record
 from dpal_edge.runtime.model import Model
 
 TRTEXEC = Path(__file__).parent / "fake_gpu" / "trtexec.py"
@@ -253,6 +253,15 @@ def test_the_command(bundle, gpu):
     gpu()
     done = CliRunner().invoke(main, ["install", str(bundle), "--backend", "tensorrt", "--json"])
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    [found] = json.loads(done.stdout)
     assert found["chosen"]["engine"] == "tensorrt"
     assert "built in" in done.stderr
+
+
+def test_the_detector_is_installed_too(bundle, monkeypatch):
+    monkeypatch.setattr("dpal_edge.runtime.detector.DEFAULT_DETECTOR", write_detector_bundle(bundle.parent / "finder"))
+    done = CliRunner().invoke(main, ["install", str(bundle), "--json"])
+    assert done.exit_code == 0, done.output
+    people, finder = json.loads(done.stdout)
+    assert (people["bundle"], finder["bundle"]) == (str(bundle), str(bundle.parent / "finder"))
+    assert read_choice(bundle.parent / "finder").engine in ("onnxruntime", "openvino")

@@ -1,11 +1,13 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundle import SIZE, ColourDetector, people_frame, reference, write_bundle
+from test_person import ATTRIBUTES, EMBEDDING, OUTPUTS
+from tiny_bundle import SIZE, ColourDetector, people_frame, reference, write_bundle, write_heads_bundle
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.runtime import Pipeline
@@ -144,3 +146,67 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_several_cameras_in_one_pass(bundle):
+    frames = {"door": people_frame({"r": (10, 20), "g": (120, 50)}), "yard": people_frame({"b": (40, 30)}, (60, 120))}
+    with Pipeline.open(bundle, detector=ColourDetector()) as pipeline:
+        passes = []
+        run = pipeline._model.run
+        pipeline._model.run = lambda crops, heads: passes.append(len(crops)) or run(crops, heads)
+        found = pipeline.look({**frames, "cellar": np.zeros((8, 8, 3), np.uint8)})
+        assert passes == [3]
+        assert pipeline.look({}) == {}
+    assert {camera: [person.track_id for person in people] for camera, people in found.items()} == {
+        "door": [1, 2],
+        "yard": [1],  # tracks are each camera's own
+        "cellar": [],
+    }
+    for camera, frame in frames.items():
+        with Pipeline.open(bundle, detector=ColourDetector()) as alone:
+            for one, other in zip(found[camera], alone(frame), strict=True):
+                assert one.box == other.box
+                np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-6)
+
+
+def test_two_pipelines_in_two_threads(bundle):
+    frame = people_frame({"r": (10, 20), "g": (120, 50)})
+    results = {}
+
+    def work(name):
+        with Pipeline.open(bundle, detector=ColourDetector()) as pipeline:
+            results[name] = [[person.track_id for person in pipeline(frame)] for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"a": [[1, 2]] * 20, "b": [[1, 2]] * 20}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_heads_that_are_not_wanted(tmp_path, engine):
+    pytest.importorskip(engine)
+    bundle = write_heads_bundle(tmp_path / "heads", {EMBEDDING: OUTPUTS[EMBEDDING], ATTRIBUTES: OUTPUTS[ATTRIBUTES]})
+    frame = people_frame({"r": (10, 20)})
+    with Pipeline.open(bundle, detector=ColourDetector(), engine=engine) as pipeline:
+        [person] = pipeline.look({"": frame}, tasks=("attributes",))[""]
+        assert person.attributes["bag"] == pytest.approx(0.75)
+        assert person.embedding is None
+        [person] = pipeline.look({"": frame}, tasks=())[""]
+        assert (person.attributes, person.embedding, person.track_id) == (None, None, 1)
+        with pytest.raises(ValueError, match="no head for pose, expected embedding, attributes"):
+            pipeline.look({"": frame}, tasks=("pose",))
+
+
+def test_what_is_known_of_a_track_is_a_mean_over_it(bundle):
+    frames = [people_frame({"r": (10 + i, 20)}) for i in range(2)]
+    with (
+        Pipeline.open(bundle, detector=ColourDetector()) as tracked,
+        Pipeline.open(bundle, detector=ColourDetector(), tracker=False) as alone,
+    ):
+        [[first], [second]] = [alone(frame) for frame in frames]
+        [[_], [mean]] = [tracked(frame, time_s=0.1 * i) for i, frame in enumerate(frames)]
+    expected = 0.9 * first.embedding + 0.1 * second.embedding
+    np.testing.assert_allclose(mean.embedding, expected / np.linalg.norm(expected), atol=1e-5)

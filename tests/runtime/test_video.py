@@ -8,8 +8,9 @@ from tiny_bundle import ColourDetector, people_frame, write_detector_bundle
 
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.runtime import Person, Pipeline, Video, open_sources, run
+from dpal_edge.runtime import Frame, Person, Pipeline, PushSource, Video, open_sources, run
 from dpal_edge.runtime.annotate import draw, track_color
+from dpal_edge.runtime.sinks import open_sinks
 
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -192,3 +193,49 @@ def test_the_summary_is_json(pipeline, clip):
     with open_sources([str(clip(1))]) as [video]:
         summary = run(pipeline, [video])
     assert json.loads(json.dumps(dataclasses.asdict(summary)))["latency_ms"]["model"]["p95"] >= 0
+
+
+def test_several_sources_have_a_video_each_and_share_the_lines(pipeline, clip, tmp_path):
+    first = clip(4)
+    second = first.with_name("second.avi")
+    second.write_bytes(first.read_bytes())
+    with open_sources([str(first), str(second)]) as sources:
+        summary = run(pipeline, sources, out=tmp_path / "seen.mp4", jsonl=tmp_path / "seen.jsonl", limit=3)
+    assert (summary.frames, summary.tracks, summary.missing_frames) == (6, 4, 0)
+    assert summary.sources["second.avi"]["processed"] == 3
+    for name in ("seen-clip.mp4", "seen-second.mp4"):
+        with Video(tmp_path / name) as video:
+            assert len(list(video)) == 3
+    assert [(line["source"], line["frame"]) for line in lines_of(tmp_path / "seen.jsonl")] == [
+        (name, number) for number in range(3) for name in ("clip.avi", "second.avi")
+    ]
+
+
+def test_a_live_video_plays_at_the_speed_of_life(tmp_path):
+    source = PushSource("cam")  # 25 frames/s
+    path = tmp_path / "live.mp4"
+    with open_sinks([source], out=path, jsonl=None, embeddings=False) as [sink]:
+        sink("cam", Frame(people_frame({"r": (10, 20)}), 0, 0.0, 0.0), [])
+        sink("cam", Frame(np.zeros((40, 60, 3), np.uint8), 7, 0.4, 0.0), [])  # others were dropped; this one is smaller
+    with Video(path) as video:
+        assert [frame.shape for frame in video] == [(96, 160, 3)] * 11
+
+
+def test_run_needs_a_frame_for_a_video(pipeline, tmp_path):
+    source = PushSource("cam")
+    source.close()
+    with pytest.raises(DataError, match=r"live\.mp4: no frame came"):
+        run(pipeline, [source], out=tmp_path / "live.mp4")
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_the_command_serves_and_says_so(bundle, clip):
+    pytest.importorskip("aiohttp")
+    result = CliRunner().invoke(
+        main, ["run", str(bundle), "--source", str(clip(3)), "--detector", "hog", "--serve", "0", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "live on http://127.0.0.1:" in result.stderr
+    assert json.loads(result.stdout)["sources"]["clip.avi"]["processed"] == 3
+    refused = CliRunner().invoke(main, ["run", str(bundle), "--source", str(clip(3)), "--token", "x"])
+    assert (refused.exit_code, refused.stderr) == (1, "Error: --token is for the page of --serve [HOST:]PORT\n")
