@@ -280,10 +280,14 @@ def install(bundle: Path, backend: str | None, as_json: bool) -> None:
     from dpal_edge.install import installer  # only this command pays for it
     from dpal_edge.runtime.detector import DEFAULT_DETECTOR
 
-    bundles = [bundle] if backend else [bundle, DEFAULT_DETECTOR]
-    results = [installer.install(one, backend=backend, say=_say) for one in bundles]
-    for result in () if as_json else results:
-        click.echo(result.as_text())
+    bundles = [bundle]
+    if not backend and bundle.resolve() != DEFAULT_DETECTOR.resolve():
+        bundles.append(DEFAULT_DETECTOR)
+    results = []
+    for one in bundles:
+        results.append(installer.install(one, backend=backend, say=_say))
+        if not as_json:
+            click.echo(results[-1].as_text())
     if as_json:
         click.echo(json.dumps([result.to_dict() for result in results], indent=2))
     if any(result.chosen is None for result in results):
@@ -308,8 +312,9 @@ def doctor(as_json: bool) -> None:
     required=True,
     multiple=True,
     metavar="S",
+    envvar="DPAL_EDGE_SOURCE",
     help="A video file, an image or a folder of them, a camera's number, csi://0, rtsp://... or another URL; once or "
-    "several times.",
+    "several times, or in $DPAL_EDGE_SOURCE, which other users cannot read.",
 )
 @click.option(
     "--detector",
@@ -364,11 +369,10 @@ def run(
     **outputs: Any,
 ) -> None:
     """Find the people of cameras or videos, and say with BUNDLE all that its heads know of them."""
-    from dpal_edge.runtime import FileSource, Pipeline, loop, open_sources  # only this command pays for it
+    from dpal_edge.runtime import Pipeline, loop, open_sources  # only this command pays for it
     from dpal_edge.runtime.monitor import Monitor
+    from dpal_edge.runtime.sources import FileSource
 
-    if token is not None and serve is None:
-        raise ConfigError("--token is for the page of --serve [HOST:]PORT")
     finder = _open_finder(detector, min_height, threshold)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what systemd and docker send ends a run as Ctrl-C does
     with ExitStack() as stack:
@@ -378,7 +382,8 @@ def run(
         if serve is not None:
             server = _load("dpal_edge.runtime.serve", "serve").Server(monitor, serve, token=token)
             stack.enter_context(server)
-            click.echo(f"live on {server.url}", err=True)
+            # A token that was given is known to who gave it, and no matter for a journal.
+            click.echo(f"live on {server.url if token is None else server.url.partition('?')[0]}", err=True)
         declared = [source.video.declared_frames or 0 for source in opened if isinstance(source, FileSource)]
         advance = stack.enter_context(_progress((frames or 0) * len(opened) or sum(declared) or None))
         summary = loop.run(pipeline, opened, limit=frames, monitor=monitor, progress=advance, **outputs)

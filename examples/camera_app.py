@@ -15,7 +15,7 @@ def main(bundle: str, source: str, frames: int | None = None) -> None:
     with Pipeline.open(bundle) as pipeline, open_sources([source]) as cameras:
         for found in islice(gather(cameras), frames):
             for frame in found.values():
-                seen = {person.track_id for person in pipeline(frame.image)}
+                seen = {person.track_id for person in pipeline(frame)}
                 for track in seen ^ there:
                     print(f"{frame.time_s:8.2f} s  #{track} {'comes' if track in seen else 'goes'}")
                 there = seen

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--detect", action="store_true")
     options = parser.parse_args()
     paths = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    with Pipeline.open(options.bundle, tracker=False) as pipeline:
+    with Pipeline.open(options.bundle, tracker=None) as pipeline:
         wanted = embeddings(pipeline, options.query, detect=options.detect)
         if not len(wanted):
             raise SystemExit(f"{options.query}: nobody was found in it")

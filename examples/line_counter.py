@@ -62,7 +62,7 @@ def main() -> None:
         for found in islice(gather(sources), options.frames):
             for frame in found.values():
                 # Tracks need the embedding; joints, parts and attributes are not asked for.
-                counter.add(pipeline.look({"": frame.image}, tasks=("embedding",))[""])
+                counter.add(pipeline.look({"": frame}, tasks=("embedding",))[""])
     print(f"{counter.crossed['to the left']} to the left, {counter.crossed['to the right']} to the right")
 
 

@@ -7,7 +7,7 @@ A camera that fails is opened again by itself; the others go on.
 
 import argparse
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import islice
 
 from dpal_edge.runtime import Pipeline, gather, open_sources
@@ -28,10 +28,10 @@ def main() -> None:
         open_sources(options.sources, patient=True, as_camera=options.as_camera) as cameras,
     ):
         monitor = Monitor(cameras, pipeline.name)
-        with serve(monitor, options.serve):
+        with serve(monitor, options.serve), suppress(KeyboardInterrupt):
             told = time.monotonic()
             for frames in islice(gather(cameras, wait_s=0.02), options.passes):
-                people = pipeline.look({name: frame.image for name, frame in frames.items()})
+                people = pipeline.look(frames)
                 monitor.add(frames, people, pipeline.timing_ms)
                 if time.monotonic() - told >= 1:
                     told = time.monotonic()

@@ -81,13 +81,15 @@ def test_finding_a_person_in_a_folder(tmp_path):
     assert float(line.split()[0]) == pytest.approx(1, abs=1e-3)
 
 
-def test_the_unit_starts_what_exists(tmp_path):
+def test_the_unit_starts_what_exists(tmp_path, monkeypatch):
     unit = (DEPLOY / "dpal-edge.service").read_text(encoding="utf-8")
     [start] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     program, command, *arguments = shlex.split(start)
     assert Path(program).name == "dpal-edge"
+    monkeypatch.setenv("DPAL_EDGE_SOURCE", "rtsp://user:password@camera.local/stream")
     context = main.commands[command].make_context(command, arguments)
-    assert context.params["sources"] == ("${SOURCE}",)
+    assert context.params["sources"] == ("rtsp://user:password@camera.local/stream",)
+    assert "password" not in start
     if shutil.which("systemd-analyze"):
         path = tmp_path / "dpal-edge.service"
         path.write_text(unit.replace(program, sys.executable), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Open cameras and streams through OpenCV, decoded by hardware where the machine has it and by software elsewhere."""
 
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,9 +37,8 @@ class Capture(Protocol):
 class OpenCvCapture:
     """A ``cv2.VideoCapture`` that is open."""
 
-    def __init__(self, capture: Any, how: str) -> None:
+    def __init__(self, capture: Any) -> None:
         cv2 = load_opencv()
-        self.how = how  # it is decoded
         fps = capture.get(cv2.CAP_PROP_FPS)
         self.fps: float = fps if 0 < fps < 1000 else _DEFAULT_FPS
         self._capture = capture
@@ -68,7 +68,7 @@ def open_camera(number: int) -> OpenCvCapture:
             f"is this user not in the group video?"
         )
     capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
-    return OpenCvCapture(capture, "V4L2")
+    return OpenCvCapture(capture)
 
 
 def open_csi(sensor: int, *, width: int = 1280, height: int = 720, fps: int = 30) -> OpenCvCapture:
@@ -89,7 +89,7 @@ def open_csi(sensor: int, *, width: int = 1280, height: int = 720, fps: int = 30
         raise DataError(
             f"csi://{sensor} cannot be opened at {width}x{height}, {fps} frames/s; is nvargus-daemon running?"
         )
-    return OpenCvCapture(capture, "nvarguscamerasrc")
+    return OpenCvCapture(capture)
 
 
 def open_url(url: str) -> OpenCvCapture:
@@ -102,7 +102,7 @@ def open_url(url: str) -> OpenCvCapture:
     if _JETSON.exists() and has_gstreamer() and (pipeline := url_pipeline(url)):
         capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER)
         if capture.isOpened():
-            return OpenCvCapture(capture, "GStreamer")
+            return OpenCvCapture(capture)
     options = {
         cv2.CAP_PROP_OPEN_TIMEOUT_MSEC: _TIMEOUT_MS,
         cv2.CAP_PROP_READ_TIMEOUT_MSEC: _TIMEOUT_MS,
@@ -111,8 +111,8 @@ def open_url(url: str) -> OpenCvCapture:
     }
     capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, [number for pair in options.items() for number in pair])
     if not capture.isOpened():
-        raise DataError(f"{without_password(url)} cannot be opened: nobody answers there, or it is no video")
-    return OpenCvCapture(capture, "FFmpeg")
+        raise DataError(f"{without_secrets(url)} cannot be opened: nobody answers there, or it is no video")
+    return OpenCvCapture(capture)
 
 
 def has_gstreamer() -> bool:
@@ -136,7 +136,12 @@ def url_pipeline(url: str) -> str | None:
     return f'uridecodebin uri="{url}" ! {_TO_BGR}'
 
 
-def without_password(url: str) -> str:
-    """Return a URL as it may be shown."""
-    head, separator, rest = url.partition("://")
-    return f"{head}{separator}{rest.rpartition('@')[2]}"
+def without_secrets(url: str) -> str:
+    """Return a URL as it may be shown: no user, no query, and no value in a path that is written like one.
+
+    Many cameras want ``/user=NAME_password=WORD_channel=1.sdp``; and what comes before an @ is never shown, wherever it
+    stands, because passwords are not always escaped.
+    """
+    scheme, separator, rest = url.partition("://")
+    rest = re.split(r"[?#]", rest.rpartition("@")[2])[0]
+    return f"{scheme}{separator}" + re.sub(r"=[^/=]*?(?=_\w+=|/|$)", "=...", rest)

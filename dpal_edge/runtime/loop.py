@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.runtime.monitor import Latency, Monitor
 from dpal_edge.runtime.pipeline import Pipeline
-from dpal_edge.runtime.sinks import open_sinks, video_path
+from dpal_edge.runtime.sinks import name_video, open_sinks
 from dpal_edge.runtime.sources import FileSource, Source, gather
 
 
@@ -52,7 +52,7 @@ def run(
 
     Raises:
         ConfigError: ``out`` has an unknown suffix, or an output would replace a source.
-        DataError: an output cannot be written.
+        DataError: an output cannot be written, or there is no frame for the video.
     """
     _check_outputs(sources, out, jsonl)
     monitor = monitor or Monitor(sources, pipeline.name)
@@ -60,10 +60,8 @@ def run(
     start = time.perf_counter()
     with open_sinks(sources, out=out, jsonl=jsonl, embeddings=embeddings) as sinks:
         try:
-            for found in gather(sources, wait_s=wait_s):
-                found = {name: frame for name, frame in found.items() if frames[name] < (limit or math.inf)}
-                times_s = {name: frame.time_s for name, frame in found.items()}
-                people = pipeline.look({name: frame.image for name, frame in found.items()}, times_s=times_s)
+            for found in gather(sources, wait_s=wait_s, limit=limit):
+                people = pipeline.look(found)
                 monitor.add(found, people, pipeline.timing_ms)
                 for name, frame in found.items():
                     for sink in sinks:
@@ -72,10 +70,10 @@ def run(
                     persons += len(people[name])
                     tracks |= {(name, person.track_id) for person in people[name] if person.track_id is not None}
                 progress(len(found))
-                if all(count >= (limit or math.inf) for count in frames.values()):
-                    break
         except KeyboardInterrupt:
             interrupted = True
+    if out is not None and not interrupted and not any(frames.values()):
+        raise DataError(f"{out}: no frame came, so there is no video to write")
     return RunSummary(
         engine=pipeline.name,
         frames=sum(frames.values()),
@@ -99,7 +97,7 @@ def describe(summary: RunSummary) -> str:
             f"warning: the file declares {summary.missing_frames} more frames than could be decoded; was it cut short?"
         )
     for stage, latency in summary.latency_ms.items():
-        lines.append(f"{stage:>6} {latency.mean:8.2f} ms/frame, p50 {latency.p50:.2f}, p95 {latency.p95:.2f}")
+        lines.append(f"{stage:>6} {latency.mean:8.2f} ms/pass, p50 {latency.p50:.2f}, p95 {latency.p95:.2f}")
     for name, told in summary.sources.items():
         faults = [f"{told[what]} {what}" for what in ("dropped", "bad", "reconnects") if told[what]]
         if faults:
@@ -108,8 +106,8 @@ def describe(summary: RunSummary) -> str:
 
 
 def _check_outputs(sources: Sequence[Source], out: Path | None, jsonl: Path | None) -> None:
-    read = [source.video.path.resolve() for source in sources if isinstance(source, FileSource)]
-    videos = [video_path(out, source.name, len(sources)).resolve() for source in sources] if out else []
+    read = [source.path.resolve() for source in sources if source.path is not None]
+    videos = [name_video(out, source.name, len(sources)).resolve() for source in sources] if out else []
     written = videos + ([jsonl.resolve()] if jsonl else [])
     if len(set(written)) < len(written) or set(written) & set(read):
         raise ConfigError(f"{out or jsonl}: sources and outputs must be different files; choose another output")

@@ -13,7 +13,7 @@ from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
 from dpal_edge.runtime.installed import read_choice
 
 _MAX_BATCH = 32  # images per pass: bounds the memory a crowd can take
-_FIRST_FRAMES, _FIRST_PEOPLE = 1, 3  # images of the first pass: enough for what OpenVINO compiles but for crowds
+_FIRST_FRAMES, _FIRST_PEOPLE = 1, 5  # images of the first pass: enough for what OpenVINO compiles but for crowds
 _COMPILED = "trt"  # how targets begin that are compiled before they run
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
@@ -184,4 +184,9 @@ def _check_output(head: HeadSpec, outputs: Outputs, count: int) -> None:
         raise ModelFileError(
             f"the model gives {found} as {head.name!r}, its manifest says {(count, *head.shape)}; "
             f"export the bundle again"
+        )
+    if not np.isfinite(outputs[head.name]).all():
+        raise ModelFileError(
+            f"the model gives values as {head.name!r} that are infinite or not a number; try `dpal-edge install`, "
+            f"which finds what computes right here"
         )

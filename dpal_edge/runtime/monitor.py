@@ -14,6 +14,8 @@ from dpal_edge.runtime.sources import Frame, Source
 
 _RECENT = 300  # passes that percentiles look back
 _RATE_S = 3.0  # that frames per second look back
+_MOST_TIMES = 3000  # of frames that are remembered for them
+_HUNG_S = 10.0  # without a pass, while cameras give frames, the app counts as ill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,6 @@ class Result:
 
     frame: Frame
     people: Sequence[Person]
-    age_ms: float  # from decoding to this result
 
 
 class Monitor:
@@ -51,7 +52,8 @@ class Monitor:
         self._lock = threading.Lock()
         self._timings: deque[dict[str, float]] = deque(maxlen=_RECENT)
         self._ages = {source.name: deque[float](maxlen=_RECENT) for source in sources}
-        self._times = {source.name: deque[float](maxlen=_RECENT) for source in sources}
+        self._times = {source.name: deque[float](maxlen=_MOST_TIMES) for source in sources}
+        self._last = self.began  # pass
         self._processed = dict.fromkeys(self._ages, 0)
 
     def add(
@@ -60,14 +62,14 @@ class Monitor:
         """Take the results of one pass."""
         now = time.monotonic()
         with self._lock:
+            self._last = now
             self._timings.append(dict(timing_ms))
             for stage, value in timing_ms.items():
                 seconds, passes = self.stages.get(stage, (0.0, 0))
                 self.stages[stage] = seconds + value / 1000, passes + 1
             for name, frame in frames.items():
-                age_ms = 1000 * (now - frame.captured)
-                self.newest[name] = Result(frame, people[name], age_ms)
-                self._ages[name].append(age_ms)
+                self.newest[name] = Result(frame, people[name])
+                self._ages[name].append(1000 * (now - frame.captured))
                 self._times[name].append(now)
                 self._processed[name] += 1
 
@@ -101,5 +103,7 @@ class Monitor:
 
     @property
     def healthy(self) -> bool:
-        """Whether every source gives frames, or has ended as files do."""
-        return not any(getattr(source, "stalled", False) and not source.ended for source in self.sources)
+        """Whether every live source gives frames, and the app takes them."""
+        live = [source for source in self.sources if source.live and not source.ended]
+        hangs = bool(live) and time.monotonic() - self._last > _HUNG_S
+        return not hangs and not any(getattr(source, "stalled", False) for source in live)

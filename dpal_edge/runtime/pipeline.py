@@ -1,7 +1,7 @@
 """From a camera frame to people."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from dpal_edge.runtime.detector import Detections, Detector, ModelDetector
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.person import Person, check_heads, decode_heads
 from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
+from dpal_edge.runtime.sources import Frame
 from dpal_edge.runtime.tracker import Tracker, unit_rows
 
 
@@ -25,7 +26,7 @@ class Pipeline:
     memory outside of Python's.
     """
 
-    def __init__(self, model: Model, detector: Detector, *, track: bool = True) -> None:
+    def __init__(self, model: Model, detector: Detector, *, tracker: Callable[[], Tracker] | None = Tracker) -> None:
         """Most callers want ``open``."""
         self.timing_ms: dict[str, float] = {}  # of the last call: "detect", "crop", "model", "decode", "track"
         self.manifest = model.manifest
@@ -33,7 +34,7 @@ class Pipeline:
         check_heads(self.manifest.heads, self.manifest.input.size)
         self._model = model
         self._detector = detector
-        self._track = track
+        self._new_tracker = tracker
         self._trackers: dict[str, Tracker] = {}  # by camera
         self._times_s: dict[str, float] = {}  # of each camera's last frame
         self._opened: ModelDetector | None = None  # what goes with this pipeline
@@ -48,7 +49,7 @@ class Pipeline:
         engine: str | None = None,
         device: str | None = None,
         threads: int | None = None,
-        tracker: bool = True,
+        tracker: Callable[[], Tracker] | None = Tracker,
     ) -> "Pipeline":
         """Load a bundle after checking its hashes and that the model file keeps the manifest's contract.
 
@@ -59,6 +60,7 @@ class Pipeline:
             engine: of the bundle, whatever was installed.
             device: of the bundle and the detector, whatever was installed; by default each engine's usual one.
             threads: CPU threads inside one operator; by default one per physical core.
+            tracker: makes the tracker of each camera; None gives no tracks.
 
         Raises:
             ModelFileError: a bundle is damaged, or its model does not fit its manifest.
@@ -68,83 +70,74 @@ class Pipeline:
         opened = None
         if detector is None or isinstance(detector, str | Path):
             detector = opened = ModelDetector.open(detector, device=device, threads=threads)
-        pipeline = cls(model, detector, track=tracker)
+        pipeline = cls(model, detector, tracker=tracker)
         pipeline._opened = opened
         return pipeline
 
-    def __call__(self, frame: NDArray[np.uint8], *, time_s: float | None = None) -> list[Person]:
-        """Detect, describe and track the people of one (H, W, 3) uint8 BGR frame; no person gives an empty list.
-
-        Args:
-            frame: the next one of the camera.
-            time_s: when it was taken, on any clock: where frames are dropped, tracks are then expected further on. None
-                is a frame's time after the one before.
-        """
-        return self.look({"": frame}, times_s=None if time_s is None else {"": time_s})[""]
+    def __call__(self, frame: Frame | NDArray[np.uint8]) -> list[Person]:
+        """Detect, describe and track the people of one frame of one camera; no person gives an empty list."""
+        return self.look({"": frame})[""]
 
     def look(
-        self,
-        frames: Mapping[str, NDArray[np.uint8]],
-        *,
-        tasks: Collection[str] | None = None,
-        times_s: Mapping[str, float] | None = None,
+        self, frames: Mapping[str, Frame | NDArray[np.uint8]], *, tasks: Collection[str] | None = None
     ) -> dict[str, list[Person]]:
         """Do the same for frames of several cameras at once: one pass of the model serves the people of all.
 
         Args:
-            frames: (H, W, 3) uint8 BGR by camera, each of its own size; each camera has its own tracks.
+            frames: by camera, each of its own size, (H, W, 3) uint8 BGR; each camera has its own tracks. A ``Frame``
+                tells when it was taken as well: where others were dropped, people are then looked for further on.
             tasks: whose heads are wanted, such as ("pose",); None is all. The others' fields of ``Person`` are None.
                 ONNX Runtime leaves their work out, other engines only their decoding.
-            times_s: by camera, when its frame was taken.
 
         Raises:
             ValueError: a frame of another shape or type, or a task that the bundle has no head for.
         """
-        for frame in frames.values():
-            check_images(frame, "frame", ("H", "W", 3))
+        images = {camera: frame.image if isinstance(frame, Frame) else frame for camera, frame in frames.items()}
+        for image in images.values():
+            check_images(image, "frame", ("H", "W", 3))
         if unknown := set(tasks or ()) - {head.task for head in self.manifest.heads}:
             raise ValueError(f"no head for {', '.join(sorted(unknown))}, expected {self._tasks()}")
         heads = tuple(head for head in self.manifest.heads if tasks is None or head.task in tasks)
         size = self.manifest.input.size
         with self._timed("detect"):
-            found = {camera: self._detector(frame) for camera, frame in frames.items()}
+            found = {camera: self._detector(image) for camera, image in images.items()}
         with self._timed("crop"):
             boxes = [np.empty((0, 4), np.int64)]
             crops = np.empty((sum(len(seen.scores) for seen in found.values()), *size, 3), np.uint8)
             end = 0
-            for camera, frame in frames.items():
-                boxes.append(pixel_boxes(found[camera].boxes, frame.shape))
+            for camera, image in images.items():
+                boxes.append(pixel_boxes(found[camera].boxes, image.shape))
                 start, end = end, end + len(boxes[-1])
-                crop_people(frame, found[camera].boxes, size, out=crops[start:end])
+                crop_people(image, found[camera].boxes, size, out=crops[start:end])
         with self._timed("model"):
             outputs = self._model.run(crops, heads)
         with self._timed("decode"):
             people = iter(decode_heads(heads, outputs, size, np.concatenate(boxes)))
         with self._timed("track"):
             return {
-                camera: self._follow(
-                    camera, seen, [next(people) for _ in seen.scores], times_s.get(camera) if times_s else None
-                )
+                camera: self._follow(camera, frames[camera], seen, [next(people) for _ in seen.scores])
                 for camera, seen in found.items()
             }
 
     def _follow(
-        self, camera: str, found: Detections, people: list[dict[str, Any]], time_s: float | None
+        self, camera: str, frame: Frame | NDArray[np.uint8], found: Detections, people: list[dict[str, Any]]
     ) -> list[Person]:
         """Give the people of one camera their tracks, and the means over them."""
         ids: list[int | None] = [None] * len(people)
-        if self._track:
-            ids = self._identify(camera, found, people, time_s)
+        if self._new_tracker is not None:
+            ids = self._identify(camera, frame.time_s if isinstance(frame, Frame) else None, found, people)
         return [
             Person(_corners(box), float(score), track_id, **person)
             for box, score, track_id, person in zip(found.boxes, found.scores, ids, people, strict=True)
         ]
 
     def _identify(
-        self, camera: str, found: Detections, people: list[dict[str, Any]], time_s: float | None
+        self, camera: str, time_s: float | None, found: Detections, people: list[dict[str, Any]]
     ) -> list[int | None]:
         """Return the tracks of one camera's people; their embeddings and attributes become the means over them."""
-        tracker = self._trackers.setdefault(camera, Tracker())
+        if camera not in self._trackers and self._new_tracker is not None:
+            self._trackers[camera] = self._new_tracker()
+        tracker = self._trackers[camera]
         before, seconds = self._times_s.get(camera), None
         if time_s is not None:
             seconds = None if before is None else max(0.0, time_s - before)  # a clock may be set back

@@ -5,12 +5,13 @@ import ipaddress
 import json
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from hmac import compare_digest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -21,14 +22,12 @@ from dpal_edge.runtime.monitor import Monitor
 from dpal_edge.runtime.opencv import load_opencv
 
 _PAGE = Path(__file__).resolve().parents[1] / "assets" / "live.html"
-_COOKIE = "dpal_edge_token"
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_COOKIE = "dpal_edge_token"  # and the port: cookies know none
 _QUALITY = 80  # of JPEG
 _EVENTS_S = 0.25  # between the numbers that the page is sent
-_LOOK_S = 0.01  # between looks for a newer picture
-_SLOW_S = 10.0  # that a client may take for one picture before it is let go
+_LOOK_S, _LONGEST_LOOK_S = 0.01, 1.0  # between looks for a newer picture, and until the old one is sent again
+_SLOW_S = 10.0  # that a client may take for what it is sent before it is let go
 _START_S = 10.0
-_BOUNDARY = "frame"
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,7 +35,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Server:
     """Serves a ``Monitor`` from a thread of its own; the app never waits for a viewer.
 
-    Pictures are drawn and compressed when somebody looks, once for all who see the same, and a slow viewer gets fewer.
+    Pictures are drawn and compressed when somebody asks for one, once for all who see the same.
     Where the address is not this machine's own, everything but ``/healthz`` asks for a token, once as ``?token=``,
     which leaves a cookie, or as ``Authorization: Bearer``. On this machine's own the name must be local too, so that
     no web page elsewhere can look through the browser.
@@ -54,9 +53,9 @@ class Server:
         self.token = token or (None if self.local else secrets.token_urlsafe(16))
         self._loop = asyncio.new_event_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
-        self._problem: OSError | None = None
+        self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="serve", daemon=True)
-        self._drawn: dict[tuple[str, frozenset[str]], tuple[int, bytes]] = {}
+        self._drawn: dict[tuple[str, frozenset[str]], tuple[int, asyncio.Future[bytes]]] = {}
 
     @property
     def url(self) -> str:
@@ -71,9 +70,10 @@ class Server:
             DataError: the port is taken, or not allowed.
         """
         self._thread.start()
-        self._ready.wait(_START_S)
-        if self._problem is not None:
-            raise DataError(f"{self.host}:{self.port} cannot be served: {self._problem.strerror}; choose another port")
+        ready = self._ready.wait(_START_S)
+        if self._problem is not None or not ready:
+            reason = getattr(self._problem, "strerror", None) or self._problem or "it did not start"
+            raise DataError(f"{self.host}:{self.port} cannot be served: {reason}; choose another address")
         return self
 
     def __exit__(
@@ -93,19 +93,20 @@ class Server:
     async def _serve(self) -> None:
         app = web.Application(middlewares=[self._guard])
         app.router.add_get("/", self._page)
-        app.router.add_get("/live/{source}", self._live)
+        app.router.add_get("/picture/{source}", self._picture)
         app.router.add_get("/events", self._events)
         app.router.add_get("/state.json", self._state)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._health)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        # Who has left must not be waited for.
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True)
         await runner.setup()
         try:
             site = web.TCPSite(runner, self.host, self.port)
             try:
                 await site.start()
                 self.port = runner.addresses[0][1]
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 self._problem = error
                 return
             finally:
@@ -119,73 +120,65 @@ class Server:
         """Let in who may look."""
         if request.path == "/healthz":
             return await handler(request)
-        if self.local and (request.host.rpartition(":")[0] or request.host) not in _LOCAL_NAMES:
+        if self.local and not _is_local(urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""):
             raise web.HTTPForbidden(text=f"{request.host} is not a name of this machine\n")
         if self.token is None:
             return await handler(request)
         if _same(request.query.get("token"), self.token):
             there = web.HTTPFound(request.rel_url.without_query_params("token"))
-            there.set_cookie(_COOKIE, self.token, httponly=True, samesite="Strict")
+            there.set_cookie(f"{_COOKIE}_{self.port}", self.token, httponly=True, samesite="Strict")
             raise there
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not (_same(request.cookies.get(_COOKIE), self.token) or _same(bearer, self.token)):
+        if not (_same(request.cookies.get(f"{_COOKIE}_{self.port}"), self.token) or _same(bearer, self.token)):
             raise web.HTTPUnauthorized(text="a token is needed: open the address that dpal-edge run printed\n")
         return await handler(request)
 
     async def _page(self, request: web.Request) -> web.Response:
-        policy = "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        policy = "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
         return web.Response(
             text=_PAGE.read_text(encoding="utf-8"),
             content_type="text/html",
             headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"},
         )
 
-    async def _live(self, request: web.Request) -> web.StreamResponse:
-        """Send pictures of one source for as long as somebody looks."""
+    async def _picture(self, request: web.Request) -> web.Response:
+        """Send a picture of one source that is newer than the frame ``after``, or in the end the newest there is."""
         source = request.match_info["source"]
         if source not in {one.name for one in self.monitor.sources}:
             raise web.HTTPNotFound(text=f"no source {source!r}\n")
         shown = frozenset(request.query.get("show", ",".join(LAYERS)).split(",")) & set(LAYERS)
-        response = web.StreamResponse(
-            headers={"Content-Type": f"multipart/x-mixed-replace; boundary={_BOUNDARY}", "Cache-Control": "no-store"}
-        )
-        await response.prepare(request)
-        with suppress(ConnectionError, TimeoutError, asyncio.TimeoutError):
-            async for picture in self._pictures(source, shown):
-                head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
-                await asyncio.wait_for(response.write(head.encode() + picture + b"\r\n"), _SLOW_S)
-        return response
-
-    async def _pictures(self, source: str, shown: frozenset[str]) -> AsyncIterator[bytes]:
-        """Yield the newest picture of a source whenever there is a newer one."""
-        last = -1
-        while not self._stop.is_set():
-            newest = self.monitor.newest.get(source)
-            if newest is None or newest.frame.number == last:
-                await asyncio.sleep(_LOOK_S)
-                continue
-            last = newest.frame.number
-            number, picture = self._drawn.get((source, shown), (-1, b""))
-            if number != last:
-                picture = await self._loop.run_in_executor(None, _compress, newest.frame.image, newest.people, shown)
-                self._drawn[source, shown] = last, picture
-            yield picture
+        after, until = request.query.get("after", ""), self._loop.time() + _LONGEST_LOOK_S
+        while (newest := self.monitor.newest.get(source)) is None or str(newest.frame.number) == after:
+            if self._loop.time() > until or self._stop.is_set():
+                break
+            await asyncio.sleep(_LOOK_S)
+        if newest is None:
+            raise web.HTTPServiceUnavailable(text=f"{source} has given no frame yet\n")
+        number, drawn = self._drawn.get((source, shown), (-1, None))
+        if drawn is None or number != newest.frame.number:
+            drawn = self._loop.run_in_executor(None, _compress, newest.frame.image, newest.people, shown)
+            self._drawn[source, shown] = newest.frame.number, drawn
+        headers = {"Cache-Control": "no-store", "X-Frame-Number": str(newest.frame.number)}
+        return web.Response(body=await asyncio.shield(drawn), content_type="image/jpeg", headers=headers)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """Send the numbers and the people, four times a second."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
-        with suppress(ConnectionError, TimeoutError, asyncio.TimeoutError):
+        try:
             while not self._stop.is_set():
                 await asyncio.wait_for(response.write(f"data: {json.dumps(self._told())}\n\n".encode()), _SLOW_S)
                 await asyncio.sleep(_EVENTS_S)
+        except (ConnectionError, asyncio.TimeoutError):
+            if request.transport is not None:  # what was not taken must not wait for ever
+                request.transport.abort()
         return response
 
     async def _state(self, request: web.Request) -> web.Response:
         return web.json_response(self._told())
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(text=metrics(self.monitor), content_type="text/plain", charset="utf-8")
+        return web.Response(text=to_prometheus(self.monitor), content_type="text/plain", charset="utf-8")
 
     async def _health(self, request: web.Request) -> web.Response:
         healthy = self.monitor.healthy
@@ -207,7 +200,7 @@ def _compress(image: Any, people: Sequence[Any], shown: frozenset[str]) -> bytes
     return picture
 
 
-def metrics(monitor: Monitor) -> str:
+def to_prometheus(monitor: Monitor) -> str:
     """Return the numbers in Prometheus' text format."""
     told = monitor.describe()
     lines = [
@@ -250,7 +243,7 @@ def parse_address(text: str) -> tuple[str, int]:
         ConfigError: no port, or none that exists.
     """
     host, _, port = text.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    if not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"--serve {text}: expected PORT or HOST:PORT, for example 8080 or 0.0.0.0:8080")
     return host.strip("[]") or "127.0.0.1", int(port)
 
@@ -263,7 +256,7 @@ def _is_local(host: str) -> bool:
 
 
 def _same(given: str | None, token: str) -> bool:
-    return given is not None and compare_digest(given.encode(), token.encode())
+    return given is not None and compare_digest(given.encode("utf-8", "surrogateescape"), token.encode())
 
 
 def _quoted(text: str) -> str:

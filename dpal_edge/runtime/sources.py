@@ -1,20 +1,22 @@
 """Where frames come from: cameras, streams, video files, folders of images, and the app itself."""
 
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ConfigError, DataError, DpalEdgeError
 from dpal_edge.files import IMAGE_SUFFIXES
-from dpal_edge.runtime.capture import Capture, open_camera, open_csi, open_url
+from dpal_edge.runtime.capture import Capture, open_camera, open_csi, open_url, without_secrets
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.preprocess import as_bgr
 from dpal_edge.runtime.video import Video
@@ -50,6 +52,7 @@ class Source(Protocol):
     """Gives frames; used from one thread, whatever threads it has itself."""
 
     name: str
+    path: Path | None  # what it reads, which no output may replace
     live: bool  # frames that nobody takes in time are dropped
     fps: float  # nominal frames per second
     counters: Counters
@@ -84,6 +87,7 @@ class FileSource:
             DataError: it is missing or cannot be decoded.
         """
         self.video = Video(path)
+        self.path: Path | None = self.video.path
         self.name = name or self.video.path.name
         self.fps, self.counters = self.video.fps, Counters()
         self._frames = iter(self.video)
@@ -119,12 +123,12 @@ class ImageSource:
         Raises:
             DataError: there is none.
         """
-        self.path = Path(path)
-        found = [self.path] if self.path.is_file() else sorted(self.path.iterdir()) if self.path.is_dir() else []
+        self.path: Path | None = (place := Path(path))
+        found = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
         self.images = [image for image in found if image.suffix.lower() in IMAGE_SUFFIXES]
         if not self.images:
             raise DataError(f"{path}: no image, expected a file or a folder with {', '.join(sorted(IMAGE_SUFFIXES))}")
-        self.name, self.counters = name or self.path.name, Counters()
+        self.name, self.counters = name or place.name, Counters()
         self._next = 0
 
     @property
@@ -159,6 +163,7 @@ class NewestFrame:
 
     live = True
     fps = 25.0
+    path: Path | None = None
 
     def __init__(self, name: str) -> None:
         self.name, self.counters, self.ended = name, Counters(), False
@@ -262,6 +267,7 @@ class LiveSource(NewestFrame):
             self.counters.reconnects += 1
             try:
                 capture = self._open()
+                self.fps = capture.fps
             except Exception as error:  # noqa: BLE001, a driver's mistake of any kind must not end the thread
                 capture, self.counters.problem = None, _in_words(error)
 
@@ -281,7 +287,7 @@ class LiveSource(NewestFrame):
 
 
 class Paced:
-    """A video file that plays at its own speed, as a camera would; in a ``LiveSource`` it begins anew at its end."""
+    """A video file that plays at its own speed, over and over, as a camera would."""
 
     def __init__(self, path: Path | str) -> None:
         """Open it; errors as ``FileSource``."""
@@ -293,7 +299,13 @@ class Paced:
         """Wait until the next frame is due, and return it."""
         self._due = max(self._due + 1 / self.fps, time.monotonic())  # who is late does not hurry afterwards
         time.sleep(max(0.0, self._due - time.monotonic()))
-        return next(self._frames, None)
+        frame = next(self._frames, None)
+        if frame is None:
+            self._video.close()
+            self._video = Video(self._video.path)
+            self._frames = iter(self._video)
+            frame = next(self._frames, None)
+        return frame
 
     def release(self) -> None:
         """Close the file."""
@@ -314,22 +326,25 @@ def open_source(text: str, *, name: str | None = None, patient: bool = False, as
         ConfigError: it is none of these.
         DataError, BackendUnavailable: it cannot be opened.
     """
-    scheme = urlsplit(text).scheme if "://" in text else ""
-    if text.isdigit():
+    scheme = text.partition("://")[0].lower() if "://" in text else ""
+    if text.isdecimal():
         return LiveSource(name or f"camera{text}", lambda: open_camera(int(text)), patient=patient)
     if scheme == "csi":
-        number, options = csi_options(text)
+        number, options = parse_csi(text)
         return LiveSource(name or f"csi{number}", lambda: open_csi(number, **options), patient=patient)
     if scheme in _URLS:
-        return LiveSource(name or url_name(text), lambda: open_url(text), patient=patient)
+        return LiveSource(name or name_url(text), lambda: open_url(text), patient=patient)
     if scheme:
-        raise ConfigError(f"{text}: unknown kind of source {scheme!r}, expected csi, {', '.join(_URLS)} or a path")
+        expected = f"expected csi, {', '.join(_URLS)} or a path"
+        raise ConfigError(f"{without_secrets(text)}: unknown kind of source {scheme!r}, {expected}")
     path = Path(text)
     if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
         return ImageSource(path, name=name)
-    if as_camera:
-        return LiveSource(name or path.name, lambda: Paced(path))
-    return FileSource(path, name=name)
+    if not as_camera:
+        return FileSource(path, name=name)
+    source = LiveSource(name or path.name, lambda: Paced(path))
+    source.path = path
+    return source
 
 
 @contextmanager
@@ -348,22 +363,25 @@ def open_sources(texts: Sequence[str], *, patient: bool = False, as_camera: bool
         yield opened
 
 
-def gather(sources: Sequence[Source], *, wait_s: float = 0.0) -> Iterator[dict[str, Frame]]:
-    """Yield the next frames by source, until all have ended; never none.
+def gather(sources: Sequence[Source], *, wait_s: float = 0.0, limit: int | None = None) -> Iterator[dict[str, Frame]]:
+    """Yield the next frames by source, never none, until all have ended or have given ``limit``.
 
     Args:
         sources: with names that differ.
         wait_s: how long the first live frame may wait for those of other cameras, so that one pass serves them all.
+        limit: frames of each; None is all.
     """
     news = threading.Event()
     for source in sources:
         source.listen(news)
-    while any(not source.ended for source in sources):
+    given: Counter[str] = Counter()
+    while wanted := [one for one in sources if not one.ended and (limit is None or given[one.name] < limit)]:
         frames: dict[str, Frame] = {}
         until = None
-        while _poll(sources, frames, news) and (until is None or time.monotonic() < until):
+        while _poll(wanted, frames, news) and (until is None or time.monotonic() < until):
             until = until or (time.monotonic() + wait_s if frames else None)
             news.wait(None if until is None else max(0.0, until - time.monotonic()))
+        given.update(frames.keys())
         if frames:
             yield frames
 
@@ -378,24 +396,25 @@ def _poll(sources: Sequence[Source], frames: dict[str, Frame], news: threading.E
     return any(source.live and not source.ended and source.name not in frames for source in running)
 
 
-def url_name(url: str) -> str:
-    """Return a name for a stream that tells no password: its host and its path."""
-    parts = urlsplit(url)
-    return f"{parts.hostname or ''}{parts.path}".strip("/").replace("/", "-") or parts.scheme
+def name_url(url: str) -> str:
+    """Return a name for a stream: its host and its path, without what may be secret."""
+    host, _, path = without_secrets(url).partition("://")[2].partition("/")
+    return re.sub(r"[^\w.-]+", "-", f"{host.partition(':')[0]}/{path}").strip("-") or "stream"
 
 
-def csi_options(text: str) -> tuple[int, dict[str, int]]:
+def parse_csi(text: str) -> tuple[int, dict[str, int]]:
     """Return the sensor and the size of ``csi://N?width=W&height=H&fps=F``.
 
     Raises:
         ConfigError: a number or an option that it does not know.
     """
-    parts = urlsplit(text)
-    given = {"sensor": parts.netloc or "0", **dict(parse_qsl(parts.query))}
+    expected = "expected csi://N?width=W&height=H&fps=F"
+    sensor, _, query = text.partition("://")[2].partition("?")
+    given = {"sensor": sensor or "0", **dict(parse_qsl(query))}
     if unknown := given.keys() - {"sensor", "width", "height", "fps"}:
-        raise ConfigError(f"{text}: unknown {', '.join(unknown)}, expected csi://N?width=W&height=H&fps=F")
-    if bad := [value for value in given.values() if not value.isdigit()]:
-        raise ConfigError(f"{text}: {bad[0]!r} is no number, expected csi://N?width=W&height=H&fps=F")
+        raise ConfigError(f"{text}: unknown {', '.join(unknown)}, {expected}")
+    if bad := [value for value in given.values() if not value.isdecimal()]:
+        raise ConfigError(f"{text}: {bad[0]!r} is no number, {expected}")
     numbers = {name: int(value) for name, value in given.items()}
     return numbers.pop("sensor"), numbers
 

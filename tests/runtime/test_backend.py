@@ -3,8 +3,7 @@ import pytest
 from tiny_bundle import SIZE, reference, write_model
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
-from dpal_edge.runtime import open_backend
-from dpal_edge.runtime.backend import choose_engine, physical_cores
+from dpal_edge.runtime.backend import choose_engine, open_backend, physical_cores
 
 ENGINES = ["onnxruntime", "openvino"]
 

@@ -6,8 +6,9 @@ from tiny_bundle import write_bundle, write_detector_bundle
 
 import dpal_edge
 from dpal_edge.errors import ConfigError, ModelFileError
-from dpal_edge.runtime import Detections, HogDetector, ModelDetector, Video
+from dpal_edge.runtime import Detections, HogDetector, ModelDetector
 from dpal_edge.runtime.boxes import iou
+from dpal_edge.runtime.video import Video
 
 pytest.importorskip("cv2")
 

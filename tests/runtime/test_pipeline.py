@@ -10,7 +10,7 @@ from test_person import ATTRIBUTES, EMBEDDING, OUTPUTS
 from tiny_bundle import SIZE, ColourDetector, people_frame, reference, write_bundle, write_heads_bundle
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
-from dpal_edge.runtime import Pipeline
+from dpal_edge.runtime import Frame, Pipeline
 
 pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -46,7 +46,7 @@ def test_an_empty_frame_has_nobody(pipeline):
 
 def test_without_tracker_or_embedding(tmp_path):
     bundle = write_bundle(tmp_path / "attributes", task="attributes", labels=tuple("abcde"))
-    with Pipeline.open(bundle, detector=ColourDetector(), tracker=False) as pipeline:
+    with Pipeline.open(bundle, detector=ColourDetector(), tracker=None) as pipeline:
         (person,) = pipeline(people_frame({"b": (10, 20)}))
         assert person.track_id is None
         assert person.embedding is None
@@ -100,7 +100,7 @@ def test_a_closed_pipeline_says_so(pipeline):
     [
         ({"size": (32, 16)}, r"the model takes .*16, 8.* its manifest says .*32, 16"),
         ({"name": "pixels"}, r"the model takes .*images.* its manifest says .*pixels"),
-        ({"shape": (7,)}, r"the model gives \(3, 5\) as 'embedding', its manifest says \(3, 7\)"),
+        ({"shape": (7,)}, r"the model gives \(5, 5\) as 'embedding', its manifest says \(5, 7\)"),
     ],
 )
 def test_a_model_that_breaks_its_manifest(tmp_path, manifest, text):
@@ -204,9 +204,9 @@ def test_what_is_known_of_a_track_is_a_mean_over_it(bundle):
     frames = [people_frame({"r": (10 + i, 20)}) for i in range(2)]
     with (
         Pipeline.open(bundle, detector=ColourDetector()) as tracked,
-        Pipeline.open(bundle, detector=ColourDetector(), tracker=False) as alone,
+        Pipeline.open(bundle, detector=ColourDetector(), tracker=None) as alone,
     ):
         [[first], [second]] = [alone(frame) for frame in frames]
-        [[_], [mean]] = [tracked(frame, time_s=0.1 * i) for i, frame in enumerate(frames)]
+        [[_], [mean]] = [tracked(Frame(frame, i, 0.1 * i, 0.0)) for i, frame in enumerate(frames)]
     expected = 0.9 * first.embedding + 0.1 * second.embedding
     np.testing.assert_allclose(mean.embedding, expected / np.linalg.norm(expected), atol=1e-5)

@@ -16,8 +16,8 @@ from dpal_edge.runtime.annotate import draw
 from dpal_edge.runtime.monitor import Monitor
 from dpal_edge.runtime.person import Person, decode_heads
 from dpal_edge.runtime.preprocess import as_bgr, crop_people, letterbox_frame, pixel_boxes
-from dpal_edge.runtime.sinks import line
-from dpal_edge.runtime.sources import url_name
+from dpal_edge.runtime.sinks import to_line
+from dpal_edge.runtime.sources import name_url
 
 pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -115,13 +115,13 @@ def test_a_pipeline_takes_any_frame_and_any_boxes(pipeline, frame, boxes):
     assert len(set(ids)) == len(ids)
     shown = draw(frame, people)
     assert shown.shape == frame.shape
-    json.dumps(line("camera", Frame(frame, 0, 0.0, 0.0), people, embeddings=True), allow_nan=False)
+    json.dumps(to_line("camera", Frame(frame, 0, 0.0, 0.0), people, embeddings=True), allow_nan=False)
 
 
 @given(st.text(), st.text())
 def test_metrics_keep_their_format_whatever_names_are(name, engine):
     serve = pytest.importorskip("dpal_edge.runtime.serve")
-    text = serve.metrics(Monitor([PushSource(name)], engine))
+    text = serve.to_prometheus(Monitor([PushSource(name)], engine))
     label = r'\w+="(?:[^"\\\n]|\\\\|\\")*"'
     for row in text.removesuffix("\n").split("\n"):
         assert re.fullmatch(
@@ -132,5 +132,5 @@ def test_metrics_keep_their_format_whatever_names_are(name, engine):
 @given(st.from_regex(r"[a-z]{1,8}:[^@/\s]{4,12}@", fullmatch=True))
 def test_no_name_holds_a_password(login):
     secret = login.partition(":")[2].removesuffix("@")
-    name = url_name(f"rtsp://{login}camera.local/door")
+    name = name_url(f"rtsp://{login}camera.local/door")
     assert secret not in name or secret in "camera.local-door"

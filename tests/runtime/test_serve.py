@@ -1,3 +1,4 @@
+import asyncio
 import http.client
 import json
 import re
@@ -6,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -71,17 +73,12 @@ def status(server, path, **headers):
     return response.status, dict(response.getheaders())
 
 
-def pictures(server, path, count):
-    """Read so many JPEG pictures of a stream."""
-    found = []
-    with urllib.request.urlopen(f"http://{server.host}:{server.port}{path}", timeout=WAIT_S) as response:
-        while len(found) < count:
-            length = 0
-            while (line := response.readline()) != b"\r\n" or not length:
-                if match := re.match(rb"Content-Length: (\d+)", line):
-                    length = int(match[1])
-            found.append(cv2.imdecode(np.frombuffer(response.read(length), np.uint8), cv2.IMREAD_COLOR))
-    return found
+def picture(server, query="", source="door"):
+    """Return a picture and the number of its frame."""
+    address = f"http://{server.host}:{server.port}/picture/{source}{query}"
+    with urllib.request.urlopen(address, timeout=WAIT_S) as response:
+        image = cv2.imdecode(np.frombuffer(response.read(), np.uint8), cv2.IMREAD_COLOR)
+        return image, int(response.headers["X-Frame-Number"])
 
 
 def test_the_numbers_and_the_page(app):
@@ -106,14 +103,31 @@ def test_the_numbers_and_the_page(app):
 
 def test_live_pictures(app):
     with Server(app.monitor, "127.0.0.1:0") as server:
-        [plain] = pictures(server, "/live/door?show=", 1)
-        assert plain.shape == (96, 160, 3)
-        [drawn] = pictures(server, "/live/door", 1)
+        plain, number = picture(server, "?show=")
+        assert (plain.shape, number) == ((96, 160, 3), 0)
+        drawn, _ = picture(server)
         assert np.abs(drawn.astype(int) - plain).max() > 60  # boxes and labels
-        threading.Timer(0.3, app.push, [60]).start()
-        first, second = pictures(server, "/live/door?show=box", 2)
-        assert np.abs(first.astype(int) - second).max() > 60
-        assert status(server, "/live/cellar")[0] == 404
+        threading.Timer(0.2, app.push, [60]).start()
+        moved, number = picture(server, "?show=&after=0")  # waits for it
+        assert number == 1
+        assert np.abs(moved.astype(int) - plain).max() > 60
+        assert picture(server, "?after=1")[1] == 1  # nothing newer comes: what there is, in the end
+        assert status(server, "/picture/cellar")[0] == 404
+        assert status(server, "/picture/the%20yard")[0] == 503
+
+
+def test_viewers_share_a_picture(app, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "dpal_edge.runtime.serve._compress", lambda *given: calls.append(given) or time.sleep(0.2) or b"x"
+    )
+    with Server(app.monitor, "0") as server:
+        viewers = [threading.Thread(target=get, args=(server, "/picture/door")) for _ in range(6)]
+        for viewer in viewers:
+            viewer.start()
+        for viewer in viewers:
+            viewer.join(WAIT_S)
+    assert len(calls) == 1
 
 
 def test_events(app):
@@ -126,28 +140,43 @@ def test_events(app):
                 response.readline()
 
 
-def test_a_viewer_who_never_reads_stops_nobody(app):
+def test_a_viewer_who_never_reads_is_let_go(app, monkeypatch):
+    monkeypatch.setattr("dpal_edge.runtime.serve._SLOW_S", 0.2)
+    monkeypatch.setattr("dpal_edge.runtime.serve._EVENTS_S", 0.0)
+    monkeypatch.setattr(Server, "_told", lambda self: {"much": "x" * 1_000_000})
     with Server(app.monitor, "0") as server, socket.create_connection(("127.0.0.1", server.port)) as lazy:
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        lazy.sendall(b"GET /live/door HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        processed = app.monitor.describe()["sources"]["door"]["processed"]
-        for i in range(50):
-            app.push(10 + i)
-            time.sleep(0.002)
-        assert len(pictures(server, "/live/door", 1)) == 1
+        lazy.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert get(server, "/healthz") == "ok\n"  # others are served meanwhile
+        time.sleep(1)
         end = time.monotonic() + WAIT_S
-        while app.monitor.describe()["sources"]["door"]["processed"] < processed + 5:
+        lazy.settimeout(WAIT_S)
+        with suppress(ConnectionResetError):
+            while lazy.recv(1 << 20):  # what lay in buffers, and then the end
+                assert time.monotonic() < end
+
+
+def test_who_has_left_is_not_waited_for(app):
+    with Server(app.monitor, "0") as server:
+        before = len(asyncio.all_tasks(server._loop))
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", server.port)) as gone:
+                gone.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                gone.recv(100)
+        end = time.monotonic() + WAIT_S
+        while len(asyncio.all_tasks(server._loop)) > before:
             assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def test_a_token_is_asked_for_beyond_this_machine(app):
     with Server(app.monitor, "0.0.0.0:0") as server:
         server.host = "127.0.0.1"  # where the test asks
         assert len(server.token) > 15
-        for path in ("/", "/state.json", "/metrics", "/live/door", "/events", "/state.json?token=wrong"):
+        for path in ("/", "/state.json", "/metrics", "/picture/door", "/events", "/state.json?token=wrong"):
             assert status(server, path)[0] == 401
         assert status(server, "/healthz")[0] == 200  # tells nothing about people
         assert status(server, "/metrics", Authorization=f"Bearer {server.token}")[0] == 200
+        assert status(server, "/metrics", Authorization="Bearer \xff")[0] == 401
         code, headers = status(server, f"/?token={server.token}")
         assert (code, headers["Location"]) == (302, "/")
         cookie = headers["Set-Cookie"]
@@ -159,12 +188,17 @@ def test_a_token_is_asked_for_beyond_this_machine(app):
 def test_other_names_are_refused_on_this_machine(app):
     with Server(app.monitor, "0") as server:
         assert status(server, "/state.json", Host="evil.example")[0] == 403
+        assert status(server, "/state.json", Host="")[0] == 403
         assert status(server, "/state.json", Host=f"localhost:{server.port}")[0] == 200
+        assert status(server, "/state.json", Host="[::1]")[0] == 200
 
 
 def test_health(app, monkeypatch):
     with Server(app.monitor, "0") as server:
         assert status(server, "/healthz")[0] == 200
+        with monkeypatch.context() as hung:
+            hung.setattr("dpal_edge.runtime.monitor._HUNG_S", 0.0)
+            assert status(server, "/healthz")[0] == 503
         monkeypatch.setattr("dpal_edge.runtime.sources._STALLED_S", 0.0)
         assert status(server, "/healthz")[0] == 503
         assert json.loads(get(server, "/state.json"))["sources"]["door"]["stalled"]
@@ -175,7 +209,7 @@ def test_a_port_that_is_taken(app):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(DataError, match=rf"127\.0\.0\.1:{port} cannot be served: .*choose another port"):
+        with pytest.raises(DataError, match=rf"127\.0\.0\.1:{port} cannot be served: .*choose another address"):
             Server(app.monitor, str(port)).__enter__()
 
 
@@ -187,7 +221,12 @@ def test_addresses(text, expected):
     assert parse_address(text) == expected
 
 
-@pytest.mark.parametrize("text", ["door", "0.0.0.0", "1:99999", ""])
+def test_a_name_that_is_none(app):
+    with pytest.raises(DataError, match=r"a\.\.b:8080 cannot be served"):
+        Server(app.monitor, "a..b:8080").__enter__()
+
+
+@pytest.mark.parametrize("text", ["door", "0.0.0.0", "1:99999", "", "²"])
 def test_no_address(text):
     with pytest.raises(ConfigError, match="expected PORT or HOST:PORT, for example 8080"):
         parse_address(text)

@@ -8,9 +8,11 @@ from tiny_bundle import ColourDetector, people_frame, write_detector_bundle
 
 from dpal_edge.cli import main
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.runtime import Frame, Person, Pipeline, PushSource, Video, open_sources, run
+from dpal_edge.runtime import Frame, Person, Pipeline, PushSource, open_sources
 from dpal_edge.runtime.annotate import draw, track_color
-from dpal_edge.runtime.sinks import open_sinks
+from dpal_edge.runtime.loop import run
+from dpal_edge.runtime.sinks import name_video, open_sinks
+from dpal_edge.runtime.video import Video
 
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -203,7 +205,7 @@ def test_several_sources_have_a_video_each_and_share_the_lines(pipeline, clip, t
         summary = run(pipeline, sources, out=tmp_path / "seen.mp4", jsonl=tmp_path / "seen.jsonl", limit=3)
     assert (summary.frames, summary.tracks, summary.missing_frames) == (6, 4, 0)
     assert summary.sources["second.avi"]["processed"] == 3
-    for name in ("seen-clip.mp4", "seen-second.mp4"):
+    for name in ("seen-clip_avi.mp4", "seen-second_avi.mp4"):
         with Video(tmp_path / name) as video:
             assert len(list(video)) == 3
     assert [(line["source"], line["frame"]) for line in lines_of(tmp_path / "seen.jsonl")] == [
@@ -215,10 +217,50 @@ def test_a_live_video_plays_at_the_speed_of_life(tmp_path):
     source = PushSource("cam")  # 25 frames/s
     path = tmp_path / "live.mp4"
     with open_sinks([source], out=path, jsonl=None, embeddings=False) as [sink]:
-        sink("cam", Frame(people_frame({"r": (10, 20)}), 0, 0.0, 0.0), [])
-        sink("cam", Frame(np.zeros((40, 60, 3), np.uint8), 7, 0.4, 0.0), [])  # others were dropped; this one is smaller
+        sink("cam", Frame(people_frame({"r": (10, 20)}), 0, 2.0, 0.0), [])
+        sink("cam", Frame(np.zeros((40, 60, 3), np.uint8), 7, 2.4, 0.0), [])  # others were dropped; this one is smaller
+        sink("cam", Frame(people_frame({"r": (10, 20)}), 8, 2.401, 0.0), [])  # too early to be seen
+        sink("cam", Frame(people_frame({"r": (10, 20)}), 9, 3600.0, 0.0), [])  # after an hour without the camera
+        sink("cam", Frame(people_frame({"r": (10, 20)}), 10, 3600.04, 0.0), [])
     with Video(path) as video:
-        assert [frame.shape for frame in video] == [(96, 160, 3)] * 11
+        shapes = [frame.shape for frame in video]
+    assert shapes == [(96, 160, 3)] * (1 + 10 + 5 * 25 + 1)
+
+
+def test_a_camera_without_frames_takes_no_video_of_others_along(pipeline, clip, tmp_path):
+    silent = PushSource("10.0.0.1-door")
+    with open_sources([str(clip(3))]) as [video]:
+        run(pipeline, [video, silent], out=tmp_path / "o.mp4", jsonl=tmp_path / "o.jsonl", limit=3, progress=lambda n: (
+            video.counters.frames == 3 and silent.close()
+        ))  # fmt: skip
+    assert [path.name for path in tmp_path.glob("*o*.mp4")] == ["o-clip_avi.mp4"]
+    assert len(lines_of(tmp_path / "o.jsonl")) == 3
+
+
+def test_lines_of_live_sources_can_be_read_as_they_come(pipeline, tmp_path):
+    source, seen = PushSource("cam"), []
+
+    def follow(count):
+        seen.append(len(lines_of(tmp_path / "live.jsonl")))
+        source.push(people_frame({"r": (10, 20)})) if len(seen) < 3 else source.close()
+
+    source.push(people_frame({"r": (10, 20)}))
+    run(pipeline, [source], jsonl=tmp_path / "live.jsonl", progress=follow)
+    assert seen == [1, 2, 3]
+
+
+def test_names_of_videos_stay_apart(tmp_path):
+    names = [name_video(tmp_path / "x.mp4", name, 2).name for name in ("10.0.0.1-door", "10.0.0.2-door", "a/../b.avi")]
+    assert names == ["x-10_0_0_1-door.mp4", "x-10_0_0_2-door.mp4", "x-a____b_avi.mp4"]
+
+
+def test_a_played_file_is_not_replaced(pipeline, clip):
+    path = clip(3)
+    with (
+        open_sources([str(path)], as_camera=True) as sources,
+        pytest.raises(ConfigError, match="must be different files"),
+    ):
+        run(pipeline, sources, out=path)
 
 
 def test_run_needs_a_frame_for_a_video(pipeline, tmp_path):
@@ -237,5 +279,10 @@ def test_the_command_serves_and_says_so(bundle, clip):
     assert result.exit_code == 0, result.output
     assert "live on http://127.0.0.1:" in result.stderr
     assert json.loads(result.stdout)["sources"]["clip.avi"]["processed"] == 3
-    refused = CliRunner().invoke(main, ["run", str(bundle), "--source", str(clip(3)), "--token", "x"])
-    assert (refused.exit_code, refused.stderr) == (1, "Error: --token is for the page of --serve [HOST:]PORT\n")
+    given = CliRunner().invoke(
+        main,
+        ["run", str(bundle), "--detector", "hog", "--serve", "0"],
+        env={"DPAL_EDGE_SOURCE": str(clip(3)), "DPAL_EDGE_TOKEN": "secret-of-somebody"},
+    )
+    assert given.exit_code == 0, given.output
+    assert "secret-of-somebody" not in given.output
