@@ -49,8 +49,8 @@ LIMITS = (
 class Maker:
     """Folders of one making."""
 
-    def __init__(self, shared: Path, work: Path) -> None:
-        self.data, self.work = shared / "data", work
+    def __init__(self, shared: Path, work: Path, soup: Path | None = None) -> None:
+        self.data, self.work, self.soup = shared / "data", work, soup
         self.omz = self.data / "peers" / "omz"
 
     def footage(self) -> None:
@@ -103,7 +103,7 @@ class Maker:
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             if list_checkpoints(self.work / run):
-                pack(self.work / run, path)
+                pack(self.work / run, path, soup=self.soup if run == "student" else None)
                 if run in images:
                     link(path, ExportSettings(calibration=(str(images[run]),)))
 
@@ -278,13 +278,22 @@ def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "model": model, "tasks": tasks}
 
 
-def pack(run: Path, path: Path) -> None:
-    """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type."""
+def pack(run: Path, path: Path, *, soup: Path | None = None) -> None:
+    """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type.
+
+    With ``soup`` the weights are the mean of the run's and of that checkpoint's, from which the run began: ends of two
+    stretches of one training lie in one basin, and their middle generalises better (Wortsman et al., 2022).
+    """
     model, metadata = load_human(run)
+    if soup is not None:
+        other = load_human(soup)[0].state_dict()
+        mean = {n: v.lerp(other[n].to(v), 0.5) if v.is_floating_point() else v for n, v in model.state_dict().items()}
+        model.load_state_dict(mean)
     tensors = {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()}
     kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
     facts: dict[str, Any] = {name: metadata[name] for name in kept}
     facts |= {"teachers": [_brief(passport) for passport in metadata["teachers"]], "best": "backbone"}
+    facts |= {"soup": sha256_of(soup)} if soup is not None else {}
     facts |= {"licence": "Apache-2.0 for the weights' own part", "base": LICENCE, "limits": LIMITS}
     write_checkpoint(path, tensors, facts)
     found = read_checkpoint(path)
@@ -312,11 +321,12 @@ def _python(script: Path, *arguments: object) -> None:
 @click.command()
 @click.option("--shared", default="../shared", show_default=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", default="build/default_models", show_default=True, type=click.Path(path_type=Path))
+@click.option("--soup", type=click.Path(exists=True, path_type=Path), help="Checkpoint to average the student with.")
 @click.argument("steps", nargs=-1, type=click.Choice(STEPS))
-def main(shared: Path, work: Path, steps: tuple[str, ...]) -> None:
+def main(shared: Path, work: Path, soup: Path | None, steps: tuple[str, ...]) -> None:
     """Make the default models."""
     work.mkdir(parents=True, exist_ok=True)
-    maker = Maker(shared.resolve(), work.resolve())
+    maker = Maker(shared.resolve(), work.resolve(), soup)
     for step in steps or STEPS:
         click.echo(f"--- {step}")
         getattr(maker, step)()
