@@ -6,6 +6,7 @@ Heavy imports happen inside the commands that need them, so ``--help`` never wai
 import dataclasses
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -339,7 +340,9 @@ def doctor(as_json: bool) -> None:
 )
 @click.option("--keep-trying", is_flag=True, help="Wait for cameras and streams that do not answer yet.")
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="Stop after N frames of each source.")
-@click.option("--engine", metavar="NAME", help="Engine for the model; by default the one its file implies.")
+@click.option(
+    "--engine", metavar="NAME", help="Engine for the model; by default what install chose, or the one its file implies."
+)
 @click.option(
     "--min-height",
     type=int,
@@ -373,17 +376,24 @@ def run(
     from dpal_edge.runtime.monitor import Monitor
     from dpal_edge.runtime.sources import FileSource
 
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # its warnings come before errors of ours that say the same
+    server = _load("dpal_edge.runtime.serve", "serve") if serve is not None else None
+    if server is not None:
+        server.parse_address(serve)
     finder = _open_finder(detector, min_height, threshold)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what systemd and docker send ends a run as Ctrl-C does
     with ExitStack() as stack:
         opened = stack.enter_context(open_sources(sources, patient=keep_trying, as_camera=as_camera))
+        loop.check_outputs(opened, outputs["out"], outputs["jsonl"])
+        for source in opened:
+            if source.counters.problem:
+                click.echo(f"{source.name}: {source.counters.problem}; trying again", err=True)
         pipeline = stack.enter_context(Pipeline.open(bundle, detector=finder, engine=engine))
         monitor = Monitor(opened, pipeline.name)
-        if serve is not None:
-            server = _load("dpal_edge.runtime.serve", "serve").Server(monitor, serve, token=token)
-            stack.enter_context(server)
+        if server is not None:
+            page = stack.enter_context(server.Server(monitor, serve, token=token))
             # A token that was given is known to who gave it, and no matter for a journal.
-            click.echo(f"live on {server.url if token is None else server.url.partition('?')[0]}", err=True)
+            click.echo(f"live on {page.url if token is None else page.url.partition('?')[0]}", err=True)
         declared = [source.video.declared_frames or 0 for source in opened if isinstance(source, FileSource)]
         advance = stack.enter_context(_progress((frames or 0) * len(opened) or sum(declared) or None))
         summary = loop.run(pipeline, opened, limit=frames, monitor=monitor, progress=advance, **outputs)

@@ -3,7 +3,7 @@
 python examples/camera_app.py BUNDLE SOURCE
 """
 
-import sys
+import argparse
 from itertools import islice
 
 from dpal_edge.runtime import Pipeline, gather, open_sources
@@ -22,4 +22,8 @@ def main(bundle: str, source: str, frames: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle")
+    parser.add_argument("source")
+    parser.add_argument("--frames", type=int, help="stop after so many")
+    main(**vars(parser.parse_args()))

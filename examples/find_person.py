@@ -24,7 +24,7 @@ def embeddings(pipeline: Pipeline, path: Path, *, detect: bool) -> np.ndarray:
         raise SystemExit(f"{path}: no image that OpenCV can decode")
     if detect:
         people = pipeline.look({"": image}, tasks=("embedding",))[""]
-        return np.array([person.embedding for person in people], np.float32).reshape(len(people), -1)
+        return np.stack([person.embedding for person in people]) if people else np.empty((0, 0), np.float32)
     whole = np.array([[0, 0, image.shape[1], image.shape[0]]], np.float32)
     return pipeline.embed(crop_people(image, whole, pipeline.manifest.input.size))
 
@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=5)
     parser.add_argument("--detect", action="store_true")
     options = parser.parse_args()
+    if not options.folder.is_dir():
+        raise SystemExit(f"{options.folder}: no such folder")
     paths = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     with Pipeline.open(options.bundle, tracker=None) as pipeline:
         wanted = embeddings(pipeline, options.query, detect=options.detect)

@@ -30,7 +30,7 @@ def run_example(name, *arguments):
 
 
 def test_the_smallest_app_is_small_and_sees_somebody_come():
-    assert re.search(r"#1 comes", run_example("camera_app", BUNDLE, CLIP, 66))
+    assert re.search(r"#1 comes", run_example("camera_app", BUNDLE, CLIP, "--frames", 66))
     code = (ROOT / "examples" / "camera_app.py").read_text(encoding="utf-8").splitlines()
     assert len([line for line in code if line.strip()]) < 30
 
@@ -79,6 +79,8 @@ def test_finding_a_person_in_a_folder(tmp_path):
     cv2.imwrite(str(frame), frames[120])
     [line] = run_example("find_person", BUNDLE, frame, frame.parent, "--detect").splitlines()
     assert float(line.split()[0]) == pytest.approx(1, abs=1e-3)
+    cv2.imwrite(str(frame.with_name("empty.png")), frames[0])
+    assert run_example("find_person", BUNDLE, frame, frame.parent, "--detect").splitlines()[-1].startswith("-1.0000")
 
 
 def test_the_unit_starts_what_exists(tmp_path, monkeypatch):

@@ -78,8 +78,10 @@ class Installation:
         if self.chosen is None:
             return "\n".join([*lines, f"{self.bundle}: nothing here runs it as it should; nothing was installed"])
         chosen = self.chosen
-        best = f"{chosen.target} with {chosen.runner}, {chosen.median_ms(_RANKED):.2f} ms for {_RANKED} people"
-        use = f"the engine is {chosen.file}" if self.record is None else "dpal-edge run and Pipeline.open now use it"
+        best = f"{chosen.target} with {chosen.runner}, {chosen.median_ms(_RANKED):.2f} ms for {_RANKED} images"
+        use = f"the engine is {chosen.file}"
+        if self.record is not None:
+            use = f"dpal-edge run and Pipeline.open now use it, as long as {self.record} is there"
         return "\n".join([*lines, f"{self.bundle}: {best}; {use}"])
 
 

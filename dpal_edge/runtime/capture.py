@@ -63,10 +63,8 @@ def open_camera(number: int) -> OpenCvCapture:
     capture = cv2.VideoCapture(number, cv2.CAP_V4L2)
     if not capture.isOpened():
         there = sorted(str(path) for path in Path("/dev").glob("video*"))
-        raise DataError(
-            f"camera {number} cannot be opened; here are {', '.join(there) or 'no /dev/video*'}; is it in use, or "
-            f"is this user not in the group video?"
-        )
+        why = f"here are {', '.join(there)}; is it in use, or is this user not in the group video?"
+        raise DataError(f"camera {number} cannot be opened; {why if there else 'this machine has no /dev/video*'}")
     capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
     return OpenCvCapture(capture)
 

@@ -54,7 +54,7 @@ _PACKAGES = (
     "numpy",
 )
 
-# Stage -> the modules it imports, and the extras that bring them.
+# Stage -> the modules it imports, of which a | b needs one, and the extras that bring them.
 _STAGES = {
     "train": (
         (
@@ -65,7 +65,7 @@ _STAGES = {
     ),
     "evaluate": (("hotcoco", "PIL", "scipy"), "evaluate"),
     "export": (("torch", "safetensors", "PIL", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf"), "export"),
-    "run": (("onnxruntime", "cv2"), "onnxruntime,camera"),
+    "run": (("onnxruntime|openvino", "cv2"), "openvino,camera"),
 }
 
 # Packages that write the same files: whichever came last wins, the other is broken, and `pip check` says nothing.
@@ -272,7 +272,10 @@ def _reason(done: "subprocess.CompletedProcess[str]") -> str:
 def _stage(name: str, libraries: dict[str, Library], board: Jetson | None) -> Stage:
     modules, extras = _STAGES[name]
     tried = {_LIBRARIES[library]: found.state for library, found in libraries.items()}
-    states = {module: tried.get(module) or ("ready" if _installed(module) else "absent") for module in modules}
+    states = {}
+    for names in modules:
+        found = [tried.get(module) or ("ready" if _installed(module) else "absent") for module in names.split("|")]
+        states[names.replace("|", " or ")] = next((one for one in ("ready", "broken") if one in found), "absent")
     missing = tuple(module for module, state in states.items() if state != "ready")
     if not missing:
         remedy = ""

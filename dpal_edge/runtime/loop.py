@@ -9,7 +9,7 @@ from pathlib import Path
 from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.runtime.monitor import Latency, Monitor
 from dpal_edge.runtime.pipeline import Pipeline
-from dpal_edge.runtime.sinks import name_video, open_sinks
+from dpal_edge.runtime.sinks import CODECS, name_video, open_sinks
 from dpal_edge.runtime.sources import FileSource, Source, gather
 
 
@@ -54,7 +54,7 @@ def run(
         ConfigError: ``out`` has an unknown suffix, or an output would replace a source.
         DataError: an output cannot be written, or there is no frame for the video.
     """
-    _check_outputs(sources, out, jsonl)
+    check_outputs(sources, out, jsonl)
     monitor = monitor or Monitor(sources, pipeline.name)
     frames, persons, tracks, interrupted = dict.fromkeys((source.name for source in sources), 0), 0, set(), False
     start = time.perf_counter()
@@ -90,8 +90,10 @@ def run(
 def describe(summary: RunSummary) -> str:
     """Return a few lines for a person to read."""
     end = "interrupted after" if summary.interrupted else "done:"
-    found = f"{summary.frames} frames, {summary.persons} persons, {summary.tracks} tracks, {summary.fps:.1f} frames/s"
+    found = f"{summary.frames} frames, {summary.persons} boxes in {summary.tracks} tracks, {summary.fps:.1f} frames/s"
     lines = [f"{end} {found}, with {summary.engine}"]
+    if summary.frames and not summary.persons:
+        lines.append("nobody was found; where there are people, try a lower --threshold or another --detector")
     if summary.missing_frames:
         lines.append(
             f"warning: the file declares {summary.missing_frames} more frames than could be decoded; was it cut short?"
@@ -105,7 +107,14 @@ def describe(summary: RunSummary) -> str:
     return "\n".join(lines)
 
 
-def _check_outputs(sources: Sequence[Source], out: Path | None, jsonl: Path | None) -> None:
+def check_outputs(sources: Sequence[Source], out: Path | None, jsonl: Path | None) -> None:
+    """Refuse outputs that cannot be, before anything slow begins.
+
+    Raises:
+        ConfigError: ``out`` has an unknown suffix, or an output would replace a source or the other output.
+    """
+    if out is not None and out.suffix.lower() not in CODECS:
+        raise ConfigError(f"{out}: cannot write {out.suffix!r} video, expected one of: {', '.join(CODECS)}")
     read = [source.path.resolve() for source in sources if source.path is not None]
     videos = [name_video(out, source.name, len(sources)).resolve() for source in sources] if out else []
     written = videos + ([jsonl.resolve()] if jsonl else [])

@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -59,8 +60,9 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The page, with its token."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        """The page, with its token; where all of the machine's addresses are listened at, by its name."""
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}/" + (f"?token={self.token}" if self.token else "")
 
     def __enter__(self) -> "Server":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpal_edge.errors import BackendUnavailable, ConfigError, DataError, DpalEdgeError
+from dpal_edge.errors import BackendUnavailable, DataError, DpalEdgeError
 from dpal_edge.files import atomic_path
 from dpal_edge.runtime.annotate import draw
 from dpal_edge.runtime.opencv import load_opencv
@@ -18,7 +18,7 @@ from dpal_edge.runtime.person import Person
 from dpal_edge.runtime.sources import Frame, Source
 
 _LONGEST_GAP_S = 5.0  # without frames, of a live source, that its video shows: a night without a camera is no film
-_CODECS = {".mp4": "mp4v", ".webm": "VP80", ".avi": "MJPG"}  # what OpenCV's own FFmpeg can encode everywhere
+CODECS = {".mp4": "mp4v", ".webm": "VP80", ".avi": "MJPG"}  # what OpenCV's own FFmpeg can encode everywhere
 
 Sink = Callable[[str, Frame, Sequence[Person]], None]  # takes the name of the source
 
@@ -40,7 +40,6 @@ def open_sinks(
         embeddings: put embeddings into the lines too.
 
     Raises:
-        ConfigError: ``out`` has another suffix.
         DataError: an output cannot be written.
     """
     with ExitStack() as stack:
@@ -56,8 +55,6 @@ def open_sinks(
 @contextmanager
 def _videos(out: Path, sources: Sequence[Source]) -> Iterator[Sink]:
     """Open an annotated video for each source."""
-    if out.suffix.lower() not in _CODECS:
-        raise ConfigError(f"{out}: cannot write {out.suffix!r} video, expected one of: {', '.join(_CODECS)}")
     videos = {source.name: _VideoFile(name_video(out, source.name, len(sources)), source) for source in sources}
     try:
         yield lambda source, frame, people: videos[source].write(frame, people)
@@ -138,7 +135,7 @@ class _VideoFile:
         return max(0, missing)
 
     def _open(self, image: NDArray[np.uint8]) -> None:
-        codec = _CODECS[self._path.suffix.lower()]
+        codec = CODECS[self._path.suffix.lower()]
         self._stack = ExitStack()
         self._temporary = self._stack.enter_context(atomic_path(self._path))
         self._fps, self._size = self._source.fps, (image.shape[1], image.shape[0])
@@ -146,7 +143,7 @@ class _VideoFile:
         self._writer = self._cv2.VideoWriter(str(self._temporary), fourcc, self._fps, self._size)
         if not self._writer.isOpened():
             raise BackendUnavailable(
-                f"{self._path}: this OpenCV cannot encode {codec}; choose another of: {', '.join(_CODECS)}"
+                f"{self._path}: this OpenCV cannot encode {codec}; choose another of: {', '.join(CODECS)}"
             )
 
     def finish(self) -> None:
