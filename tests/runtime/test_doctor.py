@@ -144,12 +144,15 @@ def test_healthy_machine_has_no_problem(machine):
 
 
 def test_broken_engine_stops_its_stages_and_has_a_remedy(machine):
-    report = machine(onnxruntime=Library(state="broken", reason="ImportError: libgomp.so.1"))
-    assert not report.stages["run"].ready
-    assert report.stages["run"].missing == ("onnxruntime",)
+    broken = Library(state="broken", reason="ImportError: libgomp.so.1")
+    report = machine(onnxruntime=broken)
+    assert report.stages["run"].ready  # with the other engine
+    assert report.stages["export"].missing == ("onnxruntime",)
     assert _texts(report) == [
         "onnxruntime is installed but broken: ImportError: libgomp.so.1 -> pip install --force-reinstall onnxruntime"
     ]
+    stage = machine(onnxruntime=broken, openvino=Library(state="absent")).stages["run"]
+    assert (stage.ready, stage.missing) == (False, ("onnxruntime or openvino",))
 
 
 def test_absent_module_names_the_extra(machine, monkeypatch):
