@@ -333,7 +333,10 @@ def doctor(as_json: bool) -> None:
     "--serve", metavar="[HOST:]PORT", help="Show it live on a page; on this machine alone unless HOST is given."
 )
 @click.option(
-    "--token", metavar="TEXT", help="That the page asks for where HOST is not this machine; made if not given."
+    "--token",
+    metavar="TEXT",
+    envvar="DPAL_EDGE_TOKEN",
+    help="That the page asks for where HOST is not this machine, by default a new one; or in $DPAL_EDGE_TOKEN.",
 )
 @click.option(
     "--as-camera", is_flag=True, help="Play video files at their own speed, over and over, as a camera would."

@@ -93,7 +93,7 @@ class Monitor:
                 "processed": processed,
                 "live": source.live,
                 "ended": source.ended,
-                "stalled": bool(getattr(source, "stalled", False)) and not source.ended,
+                "stalled": source.stalled,
                 "fps": round(len(recent) / min(_RATE_S, max(now - self.began, 1e-3)), 2),
                 "people": len(newest.people) if newest else 0,
                 "age_ms": asdict(Latency.of(ages)),
@@ -104,6 +104,6 @@ class Monitor:
     @property
     def healthy(self) -> bool:
         """Whether every live source gives frames, and the app takes them."""
-        live = [source for source in self.sources if source.live and not source.ended]
-        hangs = bool(live) and time.monotonic() - self._last > _HUNG_S
-        return not hangs and not any(getattr(source, "stalled", False) for source in live)
+        live = any(source.live and not source.ended for source in self.sources)
+        hangs = live and time.monotonic() - self._last > _HUNG_S
+        return not hangs and not any(source.stalled for source in self.sources)

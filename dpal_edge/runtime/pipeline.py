@@ -125,6 +125,8 @@ class Pipeline:
         """Give the people of one camera their tracks, and the means over them."""
         ids: list[int | None] = [None] * len(people)
         if self._new_tracker is not None:
+            if camera not in self._trackers:
+                self._trackers[camera] = self._new_tracker()
             ids = self._identify(camera, frame.time_s if isinstance(frame, Frame) else None, found, people)
         return [
             Person(_corners(box), float(score), track_id, **person)
@@ -135,8 +137,6 @@ class Pipeline:
         self, camera: str, time_s: float | None, found: Detections, people: list[dict[str, Any]]
     ) -> list[int | None]:
         """Return the tracks of one camera's people; their embeddings and attributes become the means over them."""
-        if camera not in self._trackers and self._new_tracker is not None:
-            self._trackers[camera] = self._new_tracker()
         tracker = self._trackers[camera]
         before, seconds = self._times_s.get(camera), None
         if time_s is not None:

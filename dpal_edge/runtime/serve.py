@@ -184,10 +184,12 @@ class Server:
 
     async def _health(self, request: web.Request) -> web.Response:
         healthy = self.monitor.healthy
-        return web.Response(text="ok\n" if healthy else "a source has stalled\n", status=200 if healthy else 503)
+        return web.Response(
+            text="ok\n" if healthy else "a source or the app has stalled\n", status=200 if healthy else 503
+        )
 
     def _told(self) -> dict[str, Any]:
-        """Return the monitor's numbers with the people of the newest frames, but for what only machines read."""
+        """Return the monitor's numbers and the people of the newest frames, without embeddings and pixels."""
         told = self.monitor.describe()
         for name, source in told["sources"].items():
             newest = self.monitor.newest.get(name)

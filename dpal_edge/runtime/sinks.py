@@ -1,9 +1,9 @@
-"""Where results go: JSON lines and annotated videos, each written whole or not at all."""
+"""Where results go: annotated videos, whole or not at all, and JSON lines, of live sources as they come."""
 
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class _VideoFile:
     def __init__(self, path: Path, source: Source) -> None:
         self._cv2 = load_opencv()
         self._path, self._source = path, source
+        self._stack, self._temporary = ExitStack(), path  # the file in the making, until it gets its name
         self._writer: Any = None
         self._fps, self._size = 0.0, (0, 0)  # frames per second; width, height
         self._origin = 0.0  # time of the video's first frame, moved on by what is left out of long gaps
@@ -136,7 +137,6 @@ class _VideoFile:
 
     def _open(self, image: NDArray[np.uint8]) -> None:
         codec = CODECS[self._path.suffix.lower()]
-        self._stack = ExitStack()
         self._temporary = self._stack.enter_context(atomic_path(self._path))
         self._fps, self._size = self._source.fps, (image.shape[1], image.shape[0])
         fourcc = self._cv2.VideoWriter.fourcc(*codec)
@@ -164,7 +164,8 @@ class _VideoFile:
         """Remove what was written."""
         if self._writer is not None:
             self._writer.release()
-            self._stack.__exit__(type(error), error, error.__traceback__)
+            with suppress(DpalEdgeError):  # what went wrong is raised already
+                self._stack.__exit__(type(error), error, error.__traceback__)
 
 
 def _count_frames(path: Path, expected: int) -> int:

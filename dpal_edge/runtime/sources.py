@@ -62,6 +62,11 @@ class Source(Protocol):
         """Whether no frame will come any more."""
         ...
 
+    @property
+    def stalled(self) -> bool:
+        """Whether it should give frames and does not."""
+        ...
+
     def poll(self) -> Frame | None:
         """Return the next frame of a file, or the newest one of a live source if it is new."""
         ...
@@ -78,7 +83,7 @@ class Source(Protocol):
 class FileSource:
     """A video file: every frame, in order, as fast as they are taken."""
 
-    live = False
+    live = stalled = False
 
     def __init__(self, path: Path | str, *, name: str | None = None) -> None:
         """Open it.
@@ -114,7 +119,7 @@ class FileSource:
 class ImageSource:
     """Images, each a frame; what cannot be read is counted and passed over."""
 
-    live = False
+    live = stalled = False
     fps = 1.0
 
     def __init__(self, path: Path | str, *, name: str | None = None) -> None:
@@ -173,8 +178,8 @@ class NewestFrame:
 
     @property
     def stalled(self) -> bool:
-        """Whether no frame came for five seconds."""
-        return time.monotonic() - self._last > _STALLED_S
+        """Whether it was not closed and gave no frame for five seconds."""
+        return not self.ended and time.monotonic() - self._last > _STALLED_S
 
     def poll(self) -> Frame | None:
         """Return the newest frame if nobody took it yet."""

@@ -279,10 +279,11 @@ def test_the_command_serves_and_says_so(bundle, clip):
     assert result.exit_code == 0, result.output
     assert "live on http://127.0.0.1:" in result.stderr
     assert json.loads(result.stdout)["sources"]["clip.avi"]["processed"] == 3
-    given = CliRunner().invoke(
-        main,
-        ["run", str(bundle), "--detector", "hog", "--serve", "0"],
-        env={"DPAL_EDGE_SOURCE": str(clip(3)), "DPAL_EDGE_TOKEN": "secret-of-somebody"},
-    )
+    command = ["run", str(bundle), "--detector", "hog", "--serve", "0.0.0.0:0"]
+    source = {"DPAL_EDGE_SOURCE": str(clip(3))}
+    made = CliRunner().invoke(main, command, env=source)
+    assert "/?token=" in made.stderr
+    given = CliRunner().invoke(main, command, env={**source, "DPAL_EDGE_TOKEN": "secret-of-somebody"})
     assert given.exit_code == 0, given.output
-    assert "secret-of-somebody" not in given.output
+    assert "live on http://" in given.stderr
+    assert "token" not in given.output  # neither one that was made nor the one that was given
