@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def compile_model(core: ov.Core, model: ov.Model, precision: str, *, count: bool
     return core.compile_model(model, "CPU", settings)
 
 
-def in_turns(calls: dict[str, Any]) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Return the median milliseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -48,7 +49,7 @@ def in_turns(calls: dict[str, Any]) -> dict[str, float]:
             start = time.perf_counter()
             call()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    return {name: round(float(np.median(values)), 3) for name, values in times.items()}
 
 
 def kernels(core: ov.Core, path: Path, precision: str, images: np.ndarray) -> dict[str, float]:

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from openvino_speed import in_turns
 
 from dpal_edge.manifest import Manifest
 from dpal_edge.runtime.backend import Backend, open_backend, physical_cores
@@ -55,7 +56,6 @@ SOAK_CLIP = "vtest.avi"  # has people from its first frame to its last
 STAGES = ("detect", "crop", "model", "decode", "track")
 TARGETS = ("openvino-int8", "onnx")
 PEOPLE = (1, 2, 4, 8)
-CALLS = 25
 STARTS = 3
 SAMPLE_EVERY = 100  # frames
 
@@ -252,20 +252,6 @@ def prepare(source: Path, folder: Path, *, taken: str, given: str, scale: float 
 def random_images(*shape: int) -> NDArray[np.uint8]:
     """Return (n, H, W, 3): a network takes the same time whatever it sees."""
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-
-
-def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median milliseconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-        call()
-    for _ in range(CALLS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
 def precisions() -> tuple[str, ...]:

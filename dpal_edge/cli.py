@@ -377,7 +377,6 @@ def run(
     """Find the people of cameras or videos, and say with BUNDLE all that its heads know of them."""
     from dpal_edge.runtime import Pipeline, loop, open_sources  # only this command pays for it
     from dpal_edge.runtime.monitor import Monitor
-    from dpal_edge.runtime.sources import FileSource
 
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # its warnings come before errors of ours that say the same
     server = _load("dpal_edge.runtime.serve", "serve") if serve is not None else None
@@ -397,8 +396,7 @@ def run(
             page = stack.enter_context(server.Server(monitor, serve, token=token))
             # A token that was given is known to who gave it, and no matter for a journal.
             click.echo(f"live on {page.url if token is None else page.url.partition('?')[0]}", err=True)
-        declared = [source.video.declared_frames or 0 for source in opened if isinstance(source, FileSource)]
-        advance = stack.enter_context(_progress((frames or 0) * len(opened) or sum(declared) or None))
+        advance = stack.enter_context(_progress(frames * len(opened) if frames else loop.count_frames(opened)))
         summary = loop.run(pipeline, opened, limit=frames, monitor=monitor, progress=advance, **outputs)
     click.echo(loop.describe(summary), err=True)
     if as_json:

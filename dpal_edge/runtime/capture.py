@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, DataError
-from dpal_edge.runtime.opencv import load_opencv
+from dpal_edge.runtime.opencv import frame_rate, load_opencv
 
 _TIMEOUT_MS = 5000  # of FFmpeg, to open and to read
-_DEFAULT_FPS = 25.0  # where a device does not tell
 _JETSON = Path("/etc/nv_tegra_release")
 # Frames leave NVMM memory in nvvidconv, and of a queue only the newest is kept.
 _TO_BGR = (
@@ -38,9 +37,7 @@ class OpenCvCapture:
     """A ``cv2.VideoCapture`` that is open."""
 
     def __init__(self, capture: Any) -> None:
-        cv2 = load_opencv()
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        self.fps: float = fps if 0 < fps < 1000 else _DEFAULT_FPS
+        self.fps = frame_rate(capture)
         self._capture = capture
 
     def read(self) -> NDArray[np.uint8] | None:

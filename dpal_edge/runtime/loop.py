@@ -122,6 +122,12 @@ def check_outputs(sources: Sequence[Source], out: Path | None, jsonl: Path | Non
         raise ConfigError(f"{out or jsonl}: sources and outputs must be different files; choose another output")
 
 
+def count_frames(sources: Sequence[Source]) -> int | None:
+    """Return how many frames video files declare; None where one of the sources does not tell."""
+    declared = [source.video.declared_frames if isinstance(source, FileSource) else None for source in sources]
+    return None if None in declared else sum(count or 0 for count in declared)
+
+
 def _missing(source: Source, frames: int, limit: int | None) -> int:
     if not isinstance(source, FileSource):
         return 0

@@ -4,6 +4,14 @@ from typing import Any
 
 from dpal_edge.errors import BackendUnavailable
 
+_DEFAULT_FPS = 25.0
+
+
+def frame_rate(capture: Any) -> float:
+    """Return the frames per second of an open ``cv2.VideoCapture``, 25 where it does not tell or tells nonsense."""
+    fps: float = capture.get(load_opencv().CAP_PROP_FPS)
+    return fps if 0 < fps < 1000 else _DEFAULT_FPS
+
 
 def load_opencv() -> Any:
     """Return the ``cv2`` module.

@@ -1,6 +1,5 @@
 """A video file as its frames."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -9,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
-from dpal_edge.runtime.opencv import load_opencv
-
-_DEFAULT_FPS = 25.0  # where a file does not tell
+from dpal_edge.runtime.opencv import frame_rate, load_opencv
 
 
 class Video:
@@ -32,8 +29,7 @@ class Video:
             self._capture.release()
             raise DataError(f"{path}: not a video that OpenCV can decode; convert it to H.264 in .mp4")
         self.size: tuple[int, int] = self._first.shape[:2]  # height, width
-        fps = self._capture.get(cv2.CAP_PROP_FPS)
-        self.fps: float = fps if math.isfinite(fps) and fps > 0 else _DEFAULT_FPS
+        self.fps = frame_rate(self._capture)
         declared = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.declared_frames: int | None = int(declared) if declared > 0 else None  # None: raw streams do not tell
 
