@@ -40,7 +40,7 @@ from openvino_speed import in_turns
 
 from dpal_edge.manifest import Manifest
 from dpal_edge.runtime.backend import Backend, open_backend, physical_cores
-from dpal_edge.runtime.detector import DEFAULT_DETECTOR, ModelDetector
+from dpal_edge.runtime.detector import DefaultDetector, ModelDetector
 from dpal_edge.runtime.device import cpu_features
 from dpal_edge.runtime.model import Model, choose_artifact
 from dpal_edge.runtime.opencv import load_opencv
@@ -296,21 +296,30 @@ def open_peers(peers: Path, folder: Path) -> tuple[Form, dict[str, PosePeer], di
     return Form(partial(PeerPipeline, detector, poses[pose_name], reid), networks, described), poses, trials
 
 
-def open_ours(bundle: Path, detector: Path, name: str) -> Form:
-    """Open the form ``name``, such as "openvino-int8 f32"; a detector without that target is run from its first."""
+def open_ours(bundle: Path, name: str) -> Form:
+    """Open the form ``name``, such as "openvino-int8 f32"; where there is no such target, ONNX of its precision.
+
+    The detector of the package is one of 4:3 and one of 16:9, each loaded when a frame needs it.
+    """
     target, precision = name.split()
-    networks, models, described = {}, {}, {}
-    for task, file in (("detector", detector), ("model", bundle)):
+    networks: dict[str, TimedBackend] = {}
+    described: dict[str, str] = {}
+
+    def load(task: str, file: Path) -> Model:
         manifest = Manifest.read(file)
-        held = target in (artifact.target for artifact in manifest.artifacts)
-        artifact = choose_artifact(file, manifest, engine="openvino", target=target if held else None)
+        held = [artifact.target for artifact in manifest.artifacts]
+        wanted = next((one for one in (target, target.replace("openvino", "onnx")) if one in held), None)
+        artifact = choose_artifact(file, manifest, engine="openvino", target=wanted)
         path = manifest.open_artifact(file, artifact)
         networks[task] = TimedBackend(open_backend(path, engine="openvino", precision=precision))
-        models[task] = Model(networks[task], manifest)
         described[task] = f"{artifact.target}, {networks[task].name}"
+        return Model(networks[task], manifest)
+
+    model = load("model", bundle)
 
     def start() -> Pipeline:
-        return Pipeline(models["model"], ModelDetector(models["detector"]))
+        finder = DefaultDetector(lambda file: ModelDetector(load(file.stem, file)))
+        return Pipeline(model, finder)
 
     return Form(start, networks, described)
 
@@ -400,7 +409,7 @@ def resident_mb() -> float:
 def start_up(options: argparse.Namespace) -> dict[str, float]:
     """Run in a child: open the pipeline and call it once; return moments on the clock that all processes share."""
     moments = {"imported": time.monotonic()}
-    pipeline = open_ours(options.bundle, options.detector, options.form).start()
+    pipeline = open_ours(options.bundle, options.form).start()
     moments["opened"] = time.monotonic()
     with Video(options.shared / "data" / "videos" / SOAK_CLIP) as video:
         people = pipeline(next(iter(video)))
@@ -409,7 +418,7 @@ def start_up(options: argparse.Namespace) -> dict[str, float]:
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
     """Run in a child: loop over a clip; return the resident memory, in MB, after the first and each hundredth frame."""
-    pipeline = open_ours(options.bundle, options.detector, options.form).start()
+    pipeline = open_ours(options.bundle, options.form).start()
     frames, samples = 0, []
     while frames < options.soak:
         with Video(options.shared / "data" / "videos" / SOAK_CLIP) as video:
@@ -426,7 +435,7 @@ CHILDREN: dict[str, Callable[[argparse.Namespace], Any]] = {"start-up": start_up
 
 def in_child(task: str, options: argparse.Namespace) -> Any:
     """Return what a child process finds."""
-    named = ("shared", "detector", "form", "soak")
+    named = ("shared", "form", "soak")
     settings = chain.from_iterable((f"--{name}", str(getattr(options, name))) for name in named)
     command = [sys.executable, __file__, str(options.bundle), "--child", task, *settings]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -484,7 +493,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "start_up": measure_start_up(options),  # before this process fills the memory
         "memory": measure_memory(options),
     }
-    ours = {name: open_ours(options.bundle, options.detector, name) for name in names}
+    ours = {name: open_ours(options.bundle, name) for name in names}
     peers, poses, trials = open_peers(options.shared / "data" / "peers", folder)
     forms = {**{f"ours {name}": form for name, form in ours.items()}, "peers": peers}
     results |= {
@@ -504,7 +513,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="has data/videos and data/peers")
-    parser.add_argument("--detector", type=Path, default=DEFAULT_DETECTOR, help="bundle of our detector")
     parser.add_argument("--form", help="target and precision of start-up and soak, by default 'openvino-int8 f32'")
     parser.add_argument("--frames", type=int, default=300, help="of each clip, at most")
     parser.add_argument("--soak", type=int, default=2000, help="frames; 20000 is the full soak")

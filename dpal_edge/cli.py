@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -279,11 +280,11 @@ def install(bundle: Path, backend: str | None, as_json: bool) -> None:
     Without --backend the same is done for the detector that comes with dpal-edge, which run uses by default.
     """
     from dpal_edge.install import installer  # only this command pays for it
-    from dpal_edge.runtime.detector import DEFAULT_DETECTOR
+    from dpal_edge.runtime.detector import DEFAULT_DETECTORS
 
     bundles = [bundle]
-    if not backend and bundle.resolve() != DEFAULT_DETECTOR.resolve():
-        bundles.append(DEFAULT_DETECTOR)
+    if not backend and bundle.resolve() not in DEFAULT_DETECTORS:
+        bundles += DEFAULT_DETECTORS
     results = []
     for one in bundles:
         results.append(installer.install(one, backend=backend, say=_say))
@@ -407,7 +408,11 @@ def run(
 
 def _open_finder(detector: str | None, min_height: int | None, threshold: float | None) -> Any:
     """Return what finds people, as ``Pipeline.open`` takes it."""
-    from dpal_edge.runtime import HogDetector, ModelDetector  # only this command pays for it
+    from dpal_edge.runtime.detector import (  # only this command pays for it
+        DefaultDetector,
+        HogDetector,
+        ModelDetector,
+    )
 
     if detector == "hog":
         if threshold is not None:
@@ -415,7 +420,10 @@ def _open_finder(detector: str | None, min_height: int | None, threshold: float 
         return HogDetector(min_height=128 if min_height is None else min_height)
     if min_height is not None:
         raise ConfigError("--min-height is a choice of --detector hog; other detectors have learned what to find")
-    return detector if threshold is None else ModelDetector.open(detector, threshold=threshold)
+    if threshold is None:
+        return detector
+    open_detector = partial(ModelDetector.open, threshold=threshold)
+    return open_detector(detector) if detector else DefaultDetector(open_detector)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
     if out.is_symlink() or (out.exists() and not _may_replace(out)):
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out, it would be replaced")
     source = open_source(checkpoint, settings.weights, settings.size)
-    images, crops, reference = _read_images(source, settings)
+    images, crops, reference = read_images(source, settings)
     with draft_beside(out) as folder:
         draft = folder / "bundle"
         draft.mkdir()
@@ -89,7 +89,7 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
         parity = check_parity(file, crops, reference, settings.tolerance)
         golden = write_golden(draft / "golden.npz", crops, reference, GOLDEN_IMAGES)
         manifest = make_manifest(source, reference, (), golden, stripped)
-        workshop = Workshop(draft, manifest, images, crops, reference, parity, _labelled(file, manifest, settings))
+        workshop = Workshop(draft, manifest, images, crops, reference, parity, open_labelled(file, manifest, settings))
         artifacts, refused = workshop.make(settings.targets)
         manifest = replace(manifest, artifacts=artifacts, refused=refused)
         if not artifacts:
@@ -102,13 +102,17 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
     return manifest
 
 
-def _read_images(source: Source, settings: ExportSettings) -> tuple[Crops, Crops, Outputs]:
-    """Read the images to calibrate on, others to compare on, and what torch makes of the latter."""
-    if not settings.quantized:
-        crops, reference = compute_reference(source, settings)
-        return crops, crops, reference
+def read_images(source: Source, settings: ExportSettings) -> tuple[Crops, Crops, Outputs]:
+    """Read the images to calibrate on, others to compare on, and what torch makes of the latter.
+
+    Raises:
+        DataError: there are none.
+    """
     size = source.model.backbone.config.size
     frames = DETECTION in source.model.configs
+    if not settings.quantized:
+        crops = read_inputs(settings.calibration, source.metadata, size, settings.images, frames=frames)
+        return crops, crops, torch_outputs(source.model, crops, source.mean, source.std)
     count = settings.images + settings.calibration_images
     read = read_inputs(settings.calibration, source.metadata, size, count, frames=frames)
     compared = read[::_COMPARED][: settings.images]
@@ -116,7 +120,7 @@ def _read_images(source: Source, settings: ExportSettings) -> tuple[Crops, Crops
     return rest, compared, torch_outputs(source.model, compared, source.mean, source.std)
 
 
-def _labelled(file: Path, manifest: Manifest, settings: ExportSettings) -> Labelled | None:
+def open_labelled(file: Path, manifest: Manifest, settings: ExportSettings) -> Labelled | None:
     """Score float32 on the data sets of the gate, by the graph that was just proven to be torch's equal."""
     if not settings.gate:
         return None
@@ -131,18 +135,6 @@ def _remove_unnamed(draft: Path, manifest: Manifest) -> None:
     for path in draft.iterdir():
         if path.name not in named:
             path.unlink()
-
-
-def compute_reference(source: Source, settings: ExportSettings) -> tuple[Crops, Outputs]:
-    """Read real images and return them with what torch makes of them.
-
-    Raises:
-        DataError: there are none.
-    """
-    size = source.model.backbone.config.size
-    frames = DETECTION in source.model.configs
-    crops = read_inputs(settings.calibration, source.metadata, size, settings.images, frames=frames)
-    return crops, torch_outputs(source.model, crops, source.mean, source.std)
 
 
 def write_golden(path: Path, crops: Crops, reference: Outputs, count: int) -> FileSpec:

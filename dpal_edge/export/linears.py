@@ -54,6 +54,11 @@ class Graph:
                 value = next((a.t for a in node.attribute if a.name == "value"), None)
                 if value is not None:
                     self.constants[node.output[0]] = value
+            if node.op_type == "Transpose" and (stored := self.constants.get(self._uncast(node.input[0]))) is not None:
+                # A graph that reads its weights from a checkpoint finds them as torch keeps them.
+                axes = next((a.ints for a in node.attribute if a.name == "perm"), range(len(stored.dims))[::-1])
+                dims = [stored.dims[axis] for axis in axes]
+                self.constants[node.output[0]] = TensorProto(data_type=stored.data_type, dims=dims)
 
     def pair(self, name: str) -> Pair:
         """Look through dequantization and quantization at what ``name`` is made of; casts are passed over."""

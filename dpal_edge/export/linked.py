@@ -10,18 +10,29 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from dpal_edge.errors import ConfigError, ModelFileError
-from dpal_edge.export.bundle import ExportSettings, compute_reference, draft_beside, make_manifest, write_golden
+from dpal_edge.errors import ConfigError, ModelFileError, ParityError
+from dpal_edge.export.artifacts import Workshop
+from dpal_edge.export.bundle import (
+    ExportSettings,
+    draft_beside,
+    make_manifest,
+    open_labelled,
+    read_images,
+    write_golden,
+)
 from dpal_edge.export.folding import fold_norms
 from dpal_edge.export.onnx import write_onnx
 from dpal_edge.export.proof import check_parity
 from dpal_edge.export.source import Source, head_outputs, open_source, output_names
-from dpal_edge.manifest import Artifact, FileSpec, Manifest, Stripped
+from dpal_edge.export.targets import TARGETS
+from dpal_edge.manifest import FileSpec, Manifest, Stripped
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.swin import SwinTransformer
 
@@ -44,7 +55,7 @@ class LinkedModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map uint8 (B, H, W, 3) to the outputs, in the order of their names."""
-        normalised = (images.permute(0, 3, 1, 2).float() - self.get_buffer("shift")) / self.get_buffer("scale")
+        normalised = (images.float().permute(0, 3, 1, 2) - self.get_buffer("shift")) / self.get_buffer("scale")
         return tuple(head_outputs(self.heads, self.backbone(normalised)).values())
 
 
@@ -58,37 +69,59 @@ class _Place:
     transposed: bool = False  # whether the graph wants the matrix transposed
 
 
-def link(checkpoint: Path, settings: ExportSettings) -> Manifest:
-    """Write NAME.onnx, NAME.npz (goldens) and NAME.json (the manifest) beside the checkpoint NAME.safetensors.
+def link(checkpoint: Path, settings: ExportSettings, name: str | None = None) -> Manifest:
+    """Write NAME.onnx, NAME.npz (goldens) and NAME.json (the manifest) beside the checkpoint.
 
-    ``Pipeline.open`` and ``ModelDetector.open`` take NAME.json as a bundle. The graph is compared with torch first.
+    ``Pipeline.open`` and ``ModelDetector.open`` take NAME.json as a bundle. INT8 and FP16 are graphs of their own, such
+    as NAME.int8.onnx, which read the same weights. Each is compared with torch first.
+
+    Args:
+        checkpoint: in a folder that may be written.
+        settings: its targets may be those of ONNX and TensorRT. For another size than the checkpoint's the graphs hold
+            the positions that it has there.
+        name: NAME; the checkpoint's by default.
 
     Raises:
-        ConfigError: another size than the checkpoint's is asked for, or the backbone is a Swin.
+        ConfigError: a target of another form is asked for, or the backbone is a Swin.
         DataError: no real images to compare on, or the folder cannot be written.
         ModelFileError: the checkpoint cannot be read, or stores weights in a type that no graph reads.
-        ParityError: the graph differs from torch by more than the tolerance; nothing is written.
+        ParityError: a graph differs from torch by more than it may; nothing is written.
     """
-    source = open_source(checkpoint, settings.weights)
-    path, size = source.path, source.model.backbone.config.size
-    if settings.size not in (None, size):
-        raise ConfigError(f"size {settings.size}: weights that stay in {path.name} serve its own size, {size}, only")
+    if others := [target for target in settings.targets if Path(TARGETS[target].file).suffix != ".onnx"]:
+        raise ConfigError(f"target {', '.join(others)}: only ONNX graphs read their weights from a checkpoint")
+    source = open_source(checkpoint, settings.weights, settings.size)
+    path, model = source.path, LinkedModel(source.model, source.mean, source.std)
     if isinstance(source.model.backbone, SwinTransformer):
         raise ConfigError(f"{path}: a Swin's position biases are not stored as a graph needs them; export a bundle")
-    crops, reference = compute_reference(source, settings)
+    name = name or path.stem
+    images, crops, reference = read_images(source, settings)
     with draft_beside(path) as draft:
         shutil.copyfile(path, draft / path.name)  # a graph may read from files beside it only
-        graph = draft / f"{path.stem}.onnx"
-        _write_graph(source, graph)
-        parity = check_parity(graph, crops, reference, settings.tolerance)
-        artifact = Artifact(
-            target="onnx", precision="float32", file=FileSpec.of(graph), parity=parity, data=(FileSpec.of(path),)
-        )
-        golden = write_golden(draft / f"{path.stem}.npz", crops, reference, GOLDEN_IMAGES)
-        manifest = make_manifest(source, reference, (artifact,), golden, _strip(source))
-        written = manifest.write(draft / f"{path.stem}.json")
-        for file in (graph, draft / golden.file, written):  # the manifest last: until then no bundle is there
-            file.replace(path.with_name(file.name))
+        folder = draft / "unlinked"
+        folder.mkdir()
+        float32 = folder / TARGETS["onnx"].file
+        write_onnx(model, float32, size=model.size, outputs=model.outputs)
+        parity = check_parity(float32, crops, reference, settings.tolerance)
+        golden = write_golden(draft / f"{name}.npz", crops, reference, GOLDEN_IMAGES)
+        manifest = make_manifest(source, reference, (), golden, _strip(source))
+        labelled = open_labelled(float32, manifest, settings)
+        workshop = Workshop(folder, manifest, images, crops, reference, parity, labelled)
+        made, refused = workshop.make(settings.targets)
+        if refused:
+            raise ParityError(f"{path}: {'; '.join(f'{one.target}: {one.reason}' for one in refused)}")
+        weights, artifacts = _Weights.find(source, model), []
+        for artifact in made:
+            graph = draft / artifact.file.file.replace(float32.stem, name, 1)
+            if not graph.exists():  # targets may share one
+                weights.point(folder / artifact.file.file, graph)
+                check_parity(graph, crops, reference, artifact.parity.tolerance)
+            data = (FileSpec.of(draft / path.name),)
+            artifacts.append(replace(artifact, file=FileSpec.of(graph), data=data, latency=()))
+        manifest = replace(manifest, artifacts=tuple(artifacts))
+        written = manifest.write(draft / f"{name}.json")
+        files = dict.fromkeys(artifact.file.file for artifact in artifacts)
+        for file in (*files, golden.file, written.name):  # the manifest last: until then no bundle is there
+            (draft / file).replace(path.with_name(file))
     return manifest
 
 
@@ -100,58 +133,70 @@ def _strip(source: Source) -> Stripped:
     return Stripped(parameters_before=sum(before.values()), parameters_after=after, removed=removed)
 
 
-def _write_graph(source: Source, path: Path) -> None:
-    """Write the graph, then have it read from the checkpoint whatever is stored there."""
-    model = LinkedModel(source.model, source.mean, source.std)
-    write_onnx(model, path, size=model.size, outputs=model.outputs)
-    proto = onnx.load(path)
-    places = _find_places(source)
-    constants = {name for name, _ in model.named_buffers()}
-    initializers, nodes = [], []
-    for tensor in proto.graph.initializer:
-        array = numpy_helper.to_array(tensor)
-        place = places.get(array.tobytes())
-        if place is not None and array.size > 1:
-            external, made = _point(tensor, place, source.path.name)
-            initializers.append(external)
-            nodes += made
-        elif array.size <= _SMALL or tensor.name in constants:
-            initializers.append(tensor)
-        else:
-            raise ModelFileError(
-                f"{source.path}: the graph wants {tensor.name} {array.shape}, which is not stored in it; this is a "
-                f"bug, please report it"
-            )
-    nodes += proto.graph.node
-    proto.graph.ClearField("initializer")
-    proto.graph.ClearField("node")
-    proto.graph.initializer.extend(initializers)
-    proto.graph.node.extend(nodes)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+@dataclass(frozen=True)
+class _Weights:
+    """Which tensors of a model lie where in its checkpoint."""
 
+    checkpoint: Path
+    places: dict[bytes, _Place]  # by content in float32; of matrices transposed as well
+    constants: frozenset[str]  # tensors that a graph holds itself: the normalisation, positions of another size
 
-def _find_places(source: Source) -> dict[bytes, _Place]:
-    """Find every tensor of the model in its checkpoint, by its content in float32, and every matrix transposed."""
-    with source.path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    parts = dict(zip(("backbone", "heads"), _PARTS[source.metadata["weights"]], strict=True))
-    places: dict[bytes, _Place] = {}
-    for name, tensor in source.model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        part, _, rest = name.partition(".")
-        entry = header[f"{parts[part]}.{rest}"]
-        if entry["dtype"] not in _TYPES:
-            raise ModelFileError(
-                f"{source.path}: {name} is stored as {entry['dtype']}, expected {' or '.join(_TYPES)}; save it as one"
-            )
-        start, end = entry["data_offsets"]
-        place = _Place(8 + length + start, end - start, entry["dtype"])
-        places[tensor.numpy().tobytes()] = place
-        if tensor.ndim == 2:
-            places.setdefault(tensor.numpy().T.tobytes(), replace(place, transposed=True))
-    return places
+    @classmethod
+    def find(cls, source: Source, model: LinkedModel) -> "_Weights":
+        """Compare the tensors of the model with those in the file."""
+        with source.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        parts = dict(zip(("backbone", "heads"), _PARTS[source.metadata["weights"]], strict=True))
+        places: dict[bytes, _Place] = {}
+        constants = {name for name, _ in model.named_buffers()}
+        with safe_open(source.path, framework="pt") as stored:
+            for name, tensor in source.model.state_dict().items():
+                if not tensor.is_floating_point():
+                    continue
+                part, _, rest = name.partition(".")
+                entry = header[f"{parts[part]}.{rest}"]
+                if entry["dtype"] not in _TYPES:
+                    raise ModelFileError(
+                        f"{source.path}: {name} is stored as {entry['dtype']}, expected {' or '.join(_TYPES)}; save it "
+                        f"as one"
+                    )
+                value = stored.get_tensor(f"{parts[part]}.{rest}").float()
+                if not torch.equal(value, tensor):
+                    constants.add(name)
+                    continue
+                start, end = entry["data_offsets"]
+                place = _Place(8 + length + start, end - start, entry["dtype"])
+                places[value.numpy().tobytes()] = place
+                if value.ndim == 2:
+                    places.setdefault(value.numpy().T.tobytes(), replace(place, transposed=True))
+        return cls(source.path, places, frozenset(constants))
+
+    def point(self, graph: Path, out: Path) -> None:
+        """Write ``graph`` to ``out``, reading from the checkpoint whatever is stored there."""
+        proto = onnx.load(graph)
+        initializers, nodes = [], []
+        for tensor in proto.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            floats = tensor.data_type in _TYPES.values() and array.size > 1
+            place = self.places.get(array.astype(np.float32).tobytes()) if floats else None
+            if place is not None:
+                external, made = _point(tensor, place, self.checkpoint.name)
+                initializers.append(external)
+                nodes += made
+            elif array.size <= _SMALL or tensor.name in self.constants:
+                initializers.append(tensor)
+            else:
+                raise ModelFileError(
+                    f"{self.checkpoint}: the graph wants {tensor.name} {array.shape}, which is not stored in it; this "
+                    f"is a bug, please report it"
+                )
+        nodes += proto.graph.node
+        proto.graph.ClearField("initializer")
+        proto.graph.ClearField("node")
+        proto.graph.initializer.extend(initializers)
+        proto.graph.node.extend(nodes)
+        out.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def _point(tensor: TensorProto, place: _Place, file: str) -> tuple[TensorProto, list[onnx.NodeProto]]:
@@ -160,7 +205,7 @@ def _point(tensor: TensorProto, place: _Place, file: str) -> tuple[TensorProto, 
     Engines run these nodes once, when they load the graph.
     """
     steps = [("Transpose", {"perm": [1, 0]})] * place.transposed
-    steps += [("Cast", {"to": TensorProto.FLOAT})] * (place.dtype != "F32")
+    steps += [("Cast", {"to": tensor.data_type})] * (_TYPES[place.dtype] != tensor.data_type)
     names = [f"{tensor.name}.{i}" for i in range(len(steps))] + [tensor.name]
     dims = reversed(tensor.dims) if place.transposed else tensor.dims
     external = TensorProto(name=names[0], data_type=_TYPES[place.dtype], dims=dims, data_location=TensorProto.EXTERNAL)

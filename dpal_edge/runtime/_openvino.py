@@ -1,6 +1,8 @@
 """OpenVINO as a backend."""
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,20 @@ _VERSION = ov.__version__.partition("-")[0]
 _PRECISIONS = ("f32", "bf16")
 # Requests at a time: more than a frame usually has people would leave cores idle.
 _MOST_STREAMS = 4
-# Images of one of several requests, the most first. Each size takes 120 MB and 0.7 s once, when it is first needed.
-_SIZES = (4, 1)
 
 
 class OpenVinoBackend:
-    """A model on one device: compiled for few fixed sizes where its batch is free, as it is where that is fixed.
+    """A model on one device: compiled for one image where its batch is free, as it is where that is fixed.
 
-    One image gets all threads. Several are requests side by side, each on its share of the threads, because small
-    kernels do not divide well among cores (bench/results/openvino_speed.json).
+    Several images are requests side by side, each on its share of the threads, because small kernels do not divide well
+    among cores. One image gets all threads, as long as only single ones came: each way takes some 100 MB and 0.7 s, and
+    so would requests of several images each, which are hardly faster (bench/results/openvino_speed.json).
     """
 
     def __init__(
         self, model: ov.Model, compile_model: Callable[[ov.Model, int], ov.CompiledModel], name: str, streams: int
     ) -> None:
-        """Take a model and what compiles it for 1 or for ``streams`` requests at a time."""
+        """Take a model and what compiles it for 1 or for ``streams`` requests at a time, when images come."""
         self.name = name
         self._model, self._compile, self._streams = model, compile_model, streams
         self._outputs = [port.any_name for port in model.outputs]
@@ -42,8 +43,7 @@ class OpenVinoBackend:
             for port in model.inputs
         }
         self._free = all(shape[0] is None for shape in self.inputs.values())
-        self._lone = compile_model(self._fix(1) if self._free else model, 1).create_infer_request()
-        self._side_by_side: dict[int, list[ov.InferRequest]] = {}  # by images of each
+        self._requests: list[ov.InferRequest] = []
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
@@ -54,46 +54,47 @@ class OpenVinoBackend:
                 f"{self.name} cannot run the model on these inputs: {_show(found)} found, expected {_show(self._types)}"
             )
         try:
-            if not self._free:
-                self._lone.infer(dict(feeds))
-                return {name: np.array(self._lone.get_tensor(name).data) for name in names}
-            return self._run_each(feeds, len(next(iter(feeds.values()))), names)
+            if self._free:
+                return self._run_each(feeds, len(next(iter(feeds.values()))), names)
+            [request] = self._open(1)
+            request.infer(dict(feeds))
+            return {name: np.array(request.get_tensor(name).data) for name in names}
         except RuntimeError as error:
             raise ModelFileError(f"{self.name} cannot run the model on these inputs: {_line(error)}") from error
 
     def _run_each(self, feeds: Mapping[str, NDArray[Any]], count: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Run ``count`` images in as few rounds of equal requests as that takes."""
-        tensors = {name: self._lone.get_tensor(name) for name in names}
+        """Run ``count`` images, each request taking its next one as soon as its last is done."""
+        requests = self._open(count)
+        tensors = {name: requests[0].get_tensor(name) for name in names}
         outputs = {
             name: np.empty((count, *list(tensor.shape)[1:]), tensor.element_type.to_dtype())
             for name, tensor in tensors.items()
         }
-        start = 0
-        while start < count:
-            size = next(size for size in _SIZES if count - start >= size * self._streams or size == 1)
-            starts = range(start, min(start + size * self._streams, count), size)
-            requests = [self._lone] if size == len(starts) == 1 else self._requests(size)
-            for request, i in zip(requests, starts, strict=False):
-                request.start_async({name: array[i : i + size] for name, array in feeds.items()})
-            for request, i in zip(requests, starts, strict=False):
+        for i in range(count + len(requests)):
+            request, done = requests[i % len(requests)], i - len(requests)
+            if done >= 0:
                 request.wait()
                 for name in names:
-                    outputs[name][i : i + size] = request.get_tensor(name).data
-            start = starts.stop
+                    outputs[name][done] = request.get_tensor(name).data[0]
+            if i < count:
+                request.start_async({name: array[i : i + 1] for name, array in feeds.items()})
         return outputs
 
-    def _requests(self, size: int) -> list[ov.InferRequest]:
-        """Return as many requests for ``size`` images each as run side by side."""
-        if size not in self._side_by_side:
-            compiled = self._compile(self._fix(size), self._streams)
-            self._side_by_side[size] = [compiled.create_infer_request() for _ in range(self._streams)]
-        return self._side_by_side[size]
-
-    def _fix(self, size: int) -> ov.Model:
-        """Return the model for ``size`` images."""
-        fixed = self._model.clone()
-        fixed.reshape({port: [size, *list(port.partial_shape)[1:]] for port in fixed.inputs})
-        return fixed
+    def _open(self, count: int) -> list[ov.InferRequest]:
+        """Return the requests for ``count`` images: one with all threads, or as many as run side by side."""
+        wanted = self._streams if self._free and count > 1 else 1
+        if len(self._requests) < wanted:
+            model = self._model
+            try:
+                if self._free:
+                    model = model.clone()
+                    model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+                compiled = self._compile(model, wanted)
+            except RuntimeError as error:
+                raise ModelFileError(f"{self.name} cannot compile the model: {_line(error)}") from error
+            self._requests = [compiled.create_infer_request() for _ in range(wanted)]
+            _give_back_freed_memory()
+        return self._requests
 
 
 def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVinoBackend:
@@ -125,6 +126,12 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
         raise ModelFileError(
             f"{path}: openvino {_VERSION} cannot load it ({_line(error)}); export the model again"
         ) from error
+
+
+def _give_back_freed_memory() -> None:
+    """Give the system back what compiling took for a moment: 20 MB of each model stay with glibc otherwise."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _show(types: Mapping[str, np.dtype[Any]]) -> str:

@@ -1,5 +1,6 @@
 """Find people in a frame."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ConfigError, ModelFileError
+from dpal_edge.manifest import Manifest
 from dpal_edge.runtime.boxes import Boxes, area, intersection, iou
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.preprocess import letterbox_frame
 from dpal_edge.tasks.detection_decoding import decode_people
-from dpal_edge.tasks.letterbox import to_frame
+from dpal_edge.tasks.letterbox import fit, to_frame
 
-DEFAULT_DETECTOR = Path(__file__).resolve().parents[1] / "assets" / "person_detector.json"  # this project's own
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+# This project's own: the same weights for frames of about 4:3 and of 16:9.
+DEFAULT_DETECTORS = (_ASSETS / "person_detector.json", _ASSETS / "person_detector_wide.json")
 _TASK = "detection"
 _BOX_AND_LOGIT = 5
 
@@ -83,7 +87,7 @@ class ModelDetector:
     @classmethod
     def open(
         cls,
-        bundle: Path | str | None = None,
+        bundle: Path | str,
         *,
         engine: str | None = None,
         device: str | None = None,
@@ -91,12 +95,12 @@ class ModelDetector:
         threshold: float = 0.4,
         iou: float = 0.6,
     ) -> "ModelDetector":
-        """Load a bundle, by default the one that comes with this package, after checking its hashes.
+        """Load a bundle after checking its hashes.
 
         Raises:
             ModelFileError, BackendUnavailable: as ``Model.open``, or it is no detector.
         """
-        model = Model.open(Path(bundle or DEFAULT_DETECTOR), engine=engine, device=device, threads=threads)
+        model = Model.open(Path(bundle), engine=engine, device=device, threads=threads)
         return cls(model, threshold=threshold, iou=iou)
 
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
@@ -111,6 +115,43 @@ class ModelDetector:
     def close(self) -> None:
         """Free the model; later calls raise ``ValueError``."""
         self._model.close()
+
+
+class DefaultDetector:
+    """The detector that comes with this package; each shape of frames is served by the input that it fills best.
+
+    An input of 4:3 is a quarter grey where frames are of 16:9, and costs as much as if it were not. What a shape needs
+    is loaded when the first frame of that shape comes. Use it from one thread at a time.
+
+    Args:
+        open_detector: loads one of the bundles.
+        bundles: of detectors that differ in the size of their input; by default those of the package.
+
+    Raises:
+        ModelFileError: a manifest is damaged.
+    """
+
+    def __init__(
+        self,
+        open_detector: Callable[[Path], ModelDetector] = ModelDetector.open,
+        bundles: Sequence[Path] | None = None,
+    ) -> None:
+        self._open = open_detector
+        self._bundles = {Manifest.read(bundle).input.size: bundle for bundle in bundles or DEFAULT_DETECTORS}
+        self._detectors: dict[tuple[int, int], ModelDetector] = {}  # by size of the input
+
+    def __call__(self, frame: NDArray[np.uint8]) -> Detections:
+        """Return the people in ``frame``, best first, clipped to the frame."""
+        check_images(frame, "frame", ("H", "W", 3))
+        shape = (frame.shape[0], frame.shape[1])
+        size = max(self._bundles, key=lambda size: (fit(shape, size), -size[0] * size[1]))
+        if size not in self._detectors:
+            self._detectors[size] = self._open(self._bundles[size])
+        return self._detectors[size](frame)
+
+    def close(self) -> None:
+        """Free the models; a later call loads them again."""
+        self._detectors.clear()
 
 
 class HogDetector:

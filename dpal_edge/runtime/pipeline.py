@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.runtime.detector import Detections, Detector, ModelDetector
+from dpal_edge.runtime.detector import DefaultDetector, Detections, Detector, ModelDetector
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.person import Person, check_heads, decode_heads
 from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
@@ -37,7 +38,7 @@ class Pipeline:
         self._new_tracker = tracker
         self._trackers: dict[str, Tracker] = {}  # by camera
         self._times_s: dict[str, float] = {}  # of each camera's last frame
-        self._opened: ModelDetector | None = None  # what goes with this pipeline
+        self._opened: ModelDetector | DefaultDetector | None = None  # what goes with this pipeline
         self._head = next((head for head in self.manifest.heads if head.task == "embedding"), None)
 
     @classmethod
@@ -67,8 +68,10 @@ class Pipeline:
             BackendUnavailable: no engine here runs any of its artifacts.
         """
         model = Model.open(Path(bundle), engine=engine, device=device, threads=threads)
-        opened = None
-        if detector is None or isinstance(detector, str | Path):
+        opened: ModelDetector | DefaultDetector | None = None
+        if detector is None:
+            detector = opened = DefaultDetector(partial(ModelDetector.open, device=device, threads=threads))
+        elif isinstance(detector, str | Path):
             detector = opened = ModelDetector.open(detector, device=device, threads=threads)
         pipeline = cls(model, detector, tracker=tracker)
         pipeline._opened = opened

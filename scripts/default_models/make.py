@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detec
 RUNS = ("teacher", "distil", "student-small", "student", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
 REPEATS = {"coco_person": 40, "footage": 6, "photographs": 1}  # of the 61, 856 and 6,805 frames for the detector
+TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
+WIDE = (192, 336)  # input of the detector for frames of 16:9
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
     "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
@@ -105,7 +108,10 @@ class Maker:
             if list_checkpoints(self.work / run):
                 pack(self.work / run, path, soup=self.soup if run == "student" else None)
                 if run in images:
-                    link(path, ExportSettings(calibration=(str(images[run]),)))
+                    settings = ExportSettings(targets=TARGETS, calibration=(str(images[run]),))
+                    link(path, settings)
+                    if run == "detector":
+                        link(path, replace(settings, size=WIDE), f"{name}_wide")
 
     def compare(self) -> None:
         """Fine-tune a distilled student and a random one alike, several times, and score what comes of each."""

@@ -8,6 +8,7 @@ import dpal_edge
 from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.runtime import Detections, HogDetector, ModelDetector
 from dpal_edge.runtime.boxes import iou
+from dpal_edge.runtime.detector import DefaultDetector
 from dpal_edge.runtime.video import Video
 
 pytest.importorskip("cv2")
@@ -103,3 +104,25 @@ def test_detections_must_be_consistent():
         Detections(np.zeros((2, 4), np.float32), np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="infinite or not a number"):
         Detections(np.full((1, 4), np.nan, np.float32), np.zeros(1, np.float32))
+
+
+def test_a_frame_goes_to_the_input_that_it_fills_best(tmp_path):
+    tall, wide = (
+        write_detector_bundle(tmp_path / name, size=size) for name, size in (("a", (48, 64)), ("b", (36, 64)))
+    )
+    opened = []
+
+    def load(bundle):
+        opened.append(bundle)
+        return ModelDetector.open(bundle)
+
+    find = DefaultDetector(load, (tall, wide))
+    assert opened == []  # until a frame comes
+    for shape, bundle in ((480, 640), tall), ((432, 768), wide), ((640, 480), tall), ((1080, 1920), wide):
+        frame = np.zeros((*shape, 3), np.uint8)
+        expected = ModelDetector.open(bundle)(frame)
+        found = find(frame)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+    assert opened == [tall, wide]  # once each
+    with pytest.raises(ValueError, match="frame has shape"):
+        find(np.zeros((4, 4), np.uint8))

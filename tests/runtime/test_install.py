@@ -259,9 +259,10 @@ def test_the_command(bundle, gpu):
 
 
 def test_the_detector_is_installed_too(bundle, monkeypatch):
-    monkeypatch.setattr("dpal_edge.runtime.detector.DEFAULT_DETECTOR", write_detector_bundle(bundle.parent / "finder"))
+    finder = write_detector_bundle(bundle.parent / "finder")
+    monkeypatch.setattr("dpal_edge.runtime.detector.DEFAULT_DETECTORS", (finder,))
     done = CliRunner().invoke(main, ["install", str(bundle), "--json"])
     assert done.exit_code == 0, done.output
-    people, finder = json.loads(done.stdout)
-    assert (people["bundle"], finder["bundle"]) == (str(bundle), str(bundle.parent / "finder"))
-    assert read_choice(bundle.parent / "finder").engine in ("onnxruntime", "openvino")
+    people, found = json.loads(done.stdout)
+    assert (people["bundle"], found["bundle"]) == (str(bundle), str(finder))
+    assert read_choice(finder).engine in ("onnxruntime", "openvino")

@@ -149,5 +149,5 @@ def test_detectors_by_path_and_by_default(tmp_path, monkeypatch):
     mine = ModelDetector.open(detector)
     Pipeline.open(bundle, detector=mine).close()
     assert len(mine(frame).boxes) == 1  # the caller's own stays open
-    monkeypatch.setattr("dpal_edge.runtime.detector.DEFAULT_DETECTOR", detector)
+    monkeypatch.setattr("dpal_edge.runtime.detector.DEFAULT_DETECTORS", (detector,))
     assert len(Pipeline.open(bundle)(frame)) == 1

@@ -163,7 +163,7 @@ def test_cli_run_with_a_threshold(bundle, tmp_path, clip, threshold, people):
 
 def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     monkeypatch.setattr(_Impatient, "calls", 0)
-    monkeypatch.setattr("dpal_edge.runtime.HogDetector", lambda min_height: _Impatient())
+    monkeypatch.setattr("dpal_edge.runtime.detector.HogDetector", lambda min_height: _Impatient())
     result = run_cli(bundle, "--source", clip(8), "--detector", "hog")
     assert result.exit_code == 130
     assert "interrupted after 3 frames" in result.stderr

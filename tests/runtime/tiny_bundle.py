@@ -98,12 +98,14 @@ def write_heads_bundle(folder: Path, heads: Mapping[HeadSpec, np.ndarray], size=
     return folder
 
 
-def write_detector_bundle(folder: Path) -> Path:
-    """Write a detector of 8 x 16 pixels: a box on each half, whose logit is how far its half is brighter than 128."""
+def write_detector_bundle(folder: Path, size: tuple[int, int] = (8, 16)) -> Path:
+    """Write a detector: a box on each half, whose logit is how far its half is brighter than 128."""
     folder.mkdir()
-    boxes = np.array([[[1, 1, 7, 7], [9, 1, 15, 7]]], np.float32)
+    rows, columns = size
+    middle = columns // 2
+    boxes = np.array([[[1, 1, middle - 1, rows - 1], [middle + 1, 1, columns - 1, rows - 1]]], np.float32)
     constants = {
-        "halves": np.array([-1, 8, 2, 24]),
+        "halves": np.array([-1, rows, 2, 3 * middle]),
         "axes": np.array([1, 3]),
         "grey": np.array(128, np.float32),
         "last": np.array([2]),
@@ -123,16 +125,16 @@ def write_detector_bundle(folder: Path) -> Path:
     graph = helper.make_graph(
         nodes,
         "halves",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 8, 16, 3])],
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", *size, 3])],
         [helper.make_tensor_value_info("detection", TensorProto.FLOAT, ["n", 2, 5])],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(model, folder / "model.onnx")
     dark = np.concatenate([boxes, np.full((1, 2, 1), -128, np.float32)], axis=2)
-    np.savez(folder / "golden.npz", images=np.zeros((1, 8, 16, 3), np.uint8), detection=dark)
+    np.savez(folder / "golden.npz", images=np.zeros((1, *size, 3), np.uint8), detection=dark)
     head = HeadSpec(name="detection", task="detection", shape=(2, 5), labels=("person",), kind="pyramid")
-    expected = InputSpec(name="images", size=(8, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    expected = InputSpec(name="images", size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
     write_manifest(folder, folder / "model.onnx", expected, (head,))
     return folder
 
