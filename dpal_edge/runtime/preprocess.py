@@ -29,8 +29,7 @@ def crop_people(
 
     Edges are rounded to whole pixels and clipped to the frame: what lies outside is left out, never invented, as in
     the crops that models are trained on. A box that keeps no pixel becomes the nearest one at the frame's edge.
-    Pixels are averaged over areas (``INTER_AREA``) where a crop has more of them than the output, else interpolated
-    linearly.
+    Pixels are averaged where a crop has several for each of the output, then interpolated.
 
     Args:
         frame: (H, W, 3) BGR.
@@ -41,15 +40,12 @@ def crop_people(
     Returns:
         (n, height, width, 3) RGB; n may be 0.
     """
-    height, width = size
-    crops = np.empty((len(boxes), height, width, 3), np.uint8) if out is None else out
+    crops = np.empty((len(boxes), *size, 3), np.uint8) if out is None else out
     if not len(boxes):
         return crops
     cv2 = load_opencv()
     for crop, (left, top, right, bottom) in zip(crops, pixel_boxes(boxes, frame.shape), strict=True):
-        region = frame[top:bottom, left:right]
-        shrinks = region.shape[0] * region.shape[1] > height * width
-        resized = cv2.resize(region, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        resized = _resize(frame[top:bottom, left:right], size)
         cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=crop)  # writes straight into the batch
     return crops
 
@@ -57,15 +53,29 @@ def crop_people(
 def letterbox_frame(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Put a BGR frame (H, W, 3), resized in its proportions, at the top left of a grey RGB image (*size, 3).
 
-    Pixels are averaged or interpolated as in ``crop_people``; ``tasks.letterbox`` moves boxes there and back.
+    Pixels are averaged and interpolated as in ``crop_people``; ``tasks.letterbox`` moves boxes there and back.
     """
     cv2 = load_opencv()
     height, width = fit((frame.shape[0], frame.shape[1]), size)
-    smooth = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_LINEAR
     padded = np.full((*size, 3), GREY, np.uint8)
-    resized = cv2.resize(frame, (width, height), interpolation=smooth)
-    cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[:height, :width])
+    cv2.cvtColor(_resize(frame, (height, width)), cv2.COLOR_BGR2RGB, dst=padded[:height, :width])
     return padded
+
+
+def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Average whole blocks of pixels, as large as leave enough of them, then interpolate linearly.
+
+    Training's views are made like this, and it takes a fifth of the time of averaging over fractions of pixels. Rows
+    and columns that fill no block are left out: less than one pixel of the result.
+    """
+    cv2 = load_opencv()
+    down, across = (max(have // want, 1) for have, want in zip(image.shape[:2], size, strict=True))
+    if down > 1 or across > 1:
+        rows, columns = image.shape[0] // down, image.shape[1] // across
+        whole = image[: rows * down, : columns * across]
+        image = cv2.resize(whole, (columns, rows), interpolation=cv2.INTER_AREA)
+    resized: NDArray[np.uint8] = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized
 
 
 def pixel_boxes(boxes: Boxes, frame_shape: tuple[int, ...]) -> NDArray[np.int64]:

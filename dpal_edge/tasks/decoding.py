@@ -30,13 +30,12 @@ def _decode_simcc(raw: Floats, size: tuple[int, int]) -> tuple[Floats, Floats]:
     bins = SIMCC_SPLIT * size[1]
     places, peaks = [], []
     for logits in (raw[..., :bins], raw[..., bins:]):
-        shifted = np.exp(logits - logits.max(-1, keepdims=True))
-        share = shifted / shifted.sum(-1, keepdims=True)
-        best = share.argmax(-1)
+        best = logits.argmax(-1)
+        heat = np.exp(logits - np.take_along_axis(logits, best[..., None], -1))
         places.append((best + 0.5) / SIMCC_SPLIT)
         # The label is a Gaussian over many bins, so one bin's share is small however sure the model is.
-        near = abs(np.arange(share.shape[-1]) - best[..., None]) <= _reach(share.shape[-1])
-        peaks.append((share * near).sum(-1))
+        near = abs(np.arange(heat.shape[-1]) - best[..., None]) <= _reach(heat.shape[-1])
+        peaks.append((heat * near).sum(-1) / heat.sum(-1))
     return np.stack(places, axis=-1).astype(np.float32), np.minimum(*peaks).astype(np.float32)
 
 
