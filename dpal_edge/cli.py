@@ -345,6 +345,14 @@ def doctor(as_json: bool) -> None:
 @click.option("--keep-trying", is_flag=True, help="Wait for cameras and streams that do not answer yet.")
 @click.option("--frames", type=click.IntRange(min=1), metavar="N", help="Stop after N frames of each source.")
 @click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=10,
+    show_default=True,
+    metavar="MS",
+    help="How long a camera's frame may wait for those of other cameras, to be looked at in one pass.",
+)
+@click.option(
     "--engine", metavar="NAME", help="Engine for the model; by default what install chose, or the one its file implies."
 )
 @click.option(
@@ -372,11 +380,13 @@ def run(
     token: str | None,
     as_camera: bool,
     keep_trying: bool,
+    wait: float,
     as_json: bool,
     **outputs: Any,
 ) -> None:
     """Find the people of cameras or videos, and say with BUNDLE all that its heads know of them."""
     from dpal_edge.runtime import Pipeline, loop, open_sources  # only this command pays for it
+    from dpal_edge.runtime.installed import read_choice
     from dpal_edge.runtime.monitor import Monitor
 
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # its warnings come before errors of ours that say the same
@@ -392,13 +402,19 @@ def run(
             if source.counters.problem:
                 click.echo(f"{source.name}: {source.counters.problem}; trying again", err=True)
         pipeline = stack.enter_context(Pipeline.open(bundle, detector=finder, engine=engine))
+        if engine is None and read_choice(bundle) is None:
+            click.echo(
+                f"running with {pipeline.name}; `dpal-edge install {bundle}` finds what is fastest here", err=True
+            )
         monitor = Monitor(opened, pipeline.name)
         if server is not None:
             page = stack.enter_context(server.Server(monitor, serve, token=token))
             # A token that was given is known to who gave it, and no matter for a journal.
             click.echo(f"live on {page.url if token is None else page.url.partition('?')[0]}", err=True)
         advance = stack.enter_context(_progress(frames * len(opened) if frames else loop.count_frames(opened)))
-        summary = loop.run(pipeline, opened, limit=frames, monitor=monitor, progress=advance, **outputs)
+        summary = loop.run(
+            pipeline, opened, limit=frames, wait_s=wait / 1000, monitor=monitor, progress=advance, **outputs
+        )
     click.echo(loop.describe(summary), err=True)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))

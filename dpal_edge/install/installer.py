@@ -20,8 +20,9 @@ from dpal_edge.runtime.installed import Choice, write_record
 from dpal_edge.runtime.model import Model, Outputs, largest_errors, read_goldens, worst_head
 from dpal_edge.runtime.tensorrt import SILENTLY_WRONG, BuildOptions
 
-_BATCHES = ((1, 30), (4, 20), (8, 10))  # people in a frame, least calls
-_RANKED = 4  # people in a frame whose time decides
+_PEOPLE = ((1, 30), (4, 20), (8, 10))  # people in a frame, least calls
+_FRAMES = ((1, 30),)  # for a detector, which sees one at a time
+_RANKED = {_PEOPLE: 4, _FRAMES: 1}  # images whose time decides
 # Of the largest output: what sums in half precision may differ, where the host's are in float32. bf16 on a CPU came to
 # 0.011; no GPU was measured yet.
 _HALF_ALLOWANCE = 0.02
@@ -61,6 +62,7 @@ class Installation:
     bundle: str
     attempts: tuple[Attempt, ...]
     chosen: Attempt | None
+    ranked: int  # images whose time decided
     record: str | None  # the file that Pipeline.open reads
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class Installation:
         if self.chosen is None:
             return "\n".join([*lines, f"{self.bundle}: nothing here runs it as it should; nothing was installed"])
         chosen = self.chosen
-        best = f"{chosen.target} with {chosen.runner}, {chosen.median_ms(_RANKED):.2f} ms for {_RANKED} images"
+        best = f"{chosen.target} with {chosen.runner}, {chosen.median_ms(self.ranked):.2f} ms for {self.ranked} image{'s' * (self.ranked > 1)}"
         use = f"the engine is {chosen.file}"
         if self.record is not None:
             use = f"dpal-edge run and Pipeline.open now use it, as long as {self.record} is there"
@@ -112,13 +114,14 @@ def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], No
     ]
     attempts = installer.time(attempts)
     passed = [attempt for attempt in attempts if attempt.passed]
-    chosen = min(passed, key=lambda a: (a.engine == _TRTEXEC, a.median_ms(_RANKED)), default=None)
+    ranked = _RANKED[installer.batches]
+    chosen = min(passed, key=lambda a: (a.engine == _TRTEXEC, a.median_ms(ranked)), default=None)
     record = None
     if chosen is not None and chosen.engine != _TRTEXEC:
         choice = Choice(target=chosen.target, engine=chosen.engine, precision=chosen.precision, file=chosen.file,
                         sha256=chosen.sha256)  # fmt: skip
         record = str(write_record(bundle, choice, {"attempts": [asdict(attempt) for attempt in attempts]}))
-    return Installation(bundle=str(bundle), attempts=tuple(attempts), chosen=chosen, record=record)
+    return Installation(bundle=str(bundle), attempts=tuple(attempts), chosen=chosen, ranked=ranked, record=record)
 
 
 def _engines(artifact: Artifact) -> Iterator[tuple[str, str | None]]:
@@ -139,6 +142,7 @@ class _Installer:
     def __init__(self, bundle: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
         self.bundle, self.manifest, self._say = bundle, manifest, say
         self._images, self._expected = read_goldens(bundle, manifest)
+        self.batches = _FRAMES if any(head.task == "detection" for head in manifest.heads) else _PEOPLE
         self._open: dict[tuple[str, str], Backend] = {}
         self._trtexec: TrtExec | None = None
         self._builder: Builder | None = None
@@ -166,7 +170,7 @@ class _Installer:
         """Time in turns all that passed."""
         passed = {(a.target, a.runner): a for a in attempts if a.passed}
         measured: dict[tuple[str, str], list[Latency]] = {key: [] for key in passed}
-        for batch, least in _BATCHES:
+        for batch, least in self.batches:
             images = self._images[np.arange(batch) % len(self._images)]
             running = {"/".join(key): self._open[key] for key in passed if key in self._open}
             times = time_in_turns(running, {self.manifest.input.name: images}, least)
