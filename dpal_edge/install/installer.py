@@ -80,7 +80,9 @@ class Installation:
         if self.chosen is None:
             return "\n".join([*lines, f"{self.bundle}: nothing here runs it as it should; nothing was installed"])
         chosen = self.chosen
-        best = f"{chosen.target} with {chosen.runner}, {chosen.median_ms(self.ranked):.2f} ms for {self.ranked} image{'s' * (self.ranked > 1)}"
+        best = (
+            f"{chosen.target} with {chosen.runner}, {chosen.median_ms(self.ranked):.2f} ms for {self.ranked} at a time"
+        )
         use = f"the engine is {chosen.file}"
         if self.record is not None:
             use = f"dpal-edge run and Pipeline.open now use it, as long as {self.record} is there"
