@@ -12,7 +12,7 @@ from dpal_edge.errors import BackendUnavailable, ModelFileError
 
 DEVICE = "cpu"  # unless another is asked for
 
-_DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose by itself, such as AUTO
+DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose by itself, such as AUTO
 _VERSION = ov.__version__.partition("-")[0]
 # Where a CPU has bfloat16 OpenVINO would use it by itself; layers that are quantized in the file stay quantized.
 _PRECISIONS = ("f32", "bf16")
@@ -104,8 +104,8 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
     """
     core = ov.Core()
     available = {name.partition(".")[0] for name in core.available_devices}  # several of a kind are GPU.0, GPU.1
-    if _DEVICES.get(device) not in available:
-        usable = ", ".join(name for name, plugin in _DEVICES.items() if plugin in available)
+    if DEVICES.get(device) not in available:
+        usable = ", ".join(name for name, plugin in DEVICES.items() if plugin in available)
         raise BackendUnavailable(f"{path}: this openvino has no device {device!r}, expected one of: {usable}")
     hint = precision or "f32"
     if hint not in _PRECISIONS:
@@ -113,10 +113,7 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
     streams = min(threads, _MOST_STREAMS) if device == "cpu" else 1
 
     def compile_model(model: ov.Model, requests: int) -> ov.CompiledModel:
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        if device == "cpu":
-            settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": requests}
-        return core.compile_model(model, _DEVICES[device], settings)
+        return core.compile_model(model, DEVICES[device], settings(device, threads, hint, requests))
 
     try:
         model = core.read_model(str(path))
@@ -125,6 +122,12 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
         raise ModelFileError(
             f"{path}: openvino {_VERSION} cannot load it ({_line(error)}); export the model again"
         ) from error
+
+
+def settings(device: str, threads: int, hint: str, requests: int) -> dict[str, Any]:
+    """Return how to compile for ``requests`` at a time, which compute in the precision ``hint``."""
+    cpu = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": requests} if device == "cpu" else {}
+    return {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", **cpu}
 
 
 def _show(types: Mapping[str, np.dtype[Any]]) -> str:

@@ -102,7 +102,7 @@ def test_a_silent_fallback_is_refused(model, monkeypatch):
     from dpal_edge.runtime import _onnxruntime
 
     # What a CUDA build does without a driver: it lists the provider, warns, and opens the session on the CPU.
-    monkeypatch.setitem(_onnxruntime._PROVIDERS, "cuda", "AzureExecutionProvider")
+    monkeypatch.setitem(_onnxruntime.PROVIDERS, "cuda", "AzureExecutionProvider")
     available = _onnxruntime.ort.get_available_providers()
     if "AzureExecutionProvider" not in available:
         pytest.skip("this onnxruntime lists no second provider")
