@@ -15,6 +15,7 @@ _BYTES = {"float": 4, "f32": 4, "float16": 2, "f16": 2, "bfloat16": 2, "bf16": 2
           "i4": 0.5, "u4": 0.5}  # fmt: skip
 _QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear", "FakeQuantize"})
 _PASSING = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Cast", "Convert", "Identity", "Split", "Slice"})
+_SCALING = frozenset({"Multiply", "Mul", "Add", "Subtract", "Sub"})
 _NORM = re.compile(r"LayerNormalization|GroupNormalization|RMS|MVN")
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Convolution", "GroupConvolution", "ConvTranspose",
                        "ConvolutionBackpropData", "Einsum", "ScaledDotProductAttention"})  # fmt: skip
@@ -104,15 +105,15 @@ class Graph:
         for op in self.ops:
             if (group := self._group_forward(op, found, order)) is not None:
                 found[op.name] = group
-        readers: dict[str, set[str]] = {}
+        scoped = bool(set(found.values()) - {NORMS})
+        readers = {tensor: {f"head {output}"} for output, tensor in self.outputs.items() if scoped}
         for op in reversed(self.ops):
             if op.name not in found and len(after := {g for name in op.outputs for g in readers.get(name, ())}) == 1:
                 [found[op.name]] = after
             for name in op.inputs:
                 if op.name in found:
                     readers.setdefault(name, set()).add(found[op.name])
-        scoped = set(found.values()) - {NORMS}
-        groups = {op.name: found.get(op.name) or self._group_leftover(op, found, bool(scoped)) for op in self.ops}
+        groups = {op.name: found.get(op.name) or self._group_leftover(op, found, scoped) for op in self.ops}
         return {name: self._head_names.get(group, group) for name, group in groups.items()} if scoped else groups
 
     def find(self, names: Sequence[str]) -> str | None:
@@ -142,6 +143,8 @@ class Graph:
             return next((g for g in (stored, follows) if g and g.startswith("head ")), NORMS)
         if op.kind in _PRODUCTS:
             return stored or follows
+        if follows is None and known and op.kind in _SCALING | _QUANTIZING:
+            return NORMS  # a norm's own scale and shift, where it is taken apart, and how its result is rounded
         return follows or stored
 
     def _group_leftover(self, op: Op, found: Mapping[str, str], scoped: bool) -> str:
@@ -185,7 +188,9 @@ class Graph:
             return True
         if tensor in self.folded:
             return any(self.quantized(name) for name in maker.inputs if name)
-        return maker.kind in _PASSING and bool(maker.inputs) and self.quantized(maker.inputs[0])
+        moving = [name for name in maker.inputs if name and name not in self.folded]
+        passing = maker.kind in _PASSING or maker.kind in ("Multiply", "Subtract") and len(moving) == 1
+        return passing and bool(moving) and self.quantized(moving[0])
 
     def operations(self, op: Op) -> int:
         """Return two for each multiply-accumulate of a product for one call; nothing else is counted."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable
-from dpal_edge.profile.graph import OTHER, Graph
+from dpal_edge.profile.graph import NORMS, OTHER, Graph
 from dpal_edge.profile.graph_files import (
     fix_batch,
     graph_of_openvino,
@@ -347,6 +347,7 @@ def _most_work(name: str, made_of: Sequence[str], graph: Graph) -> str | None:
     found = {one: group for one in made_of if (group := graph.find([one]))}
     for one, group in found.items():
         groups[group] += graph.operations(ops[one]) if one in ops else 0
+        groups[group] += group == NORMS  # outweighs what is no product either
     if not groups:
         return None
     return SEVERAL if len(groups) > _MOST_GROUPS else groups.most_common(1)[0][0]

@@ -5,6 +5,7 @@ the memory's (Williams, Waterman and Patterson, Roofline, 2009). What is predict
 floor, never a measurement: no real engine reaches it, and starting its kernels is not counted.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ _MEMORY = "from memory, unverified"
 _SIDE, _CHAIN = 1024, 4  # of the matrices that are multiplied to find peaks, and how many products make a call
 _LEAST_BYTES = 3 << 20  # that bandwidth is measured on
 _SECONDS = 0.4  # that each ceiling is sought for
+
+_SIZE = re.compile(r" \d+ GB.*| T\d+$")  # what the device tree does not tell of a module's name
 
 _MUCH_MOVED = 0.05  # of a block's time, from which moving data is worth a word
 _MUCH_QUANTIZED = 0.10
@@ -105,7 +108,7 @@ def jetson_ceilings(module: str, memory_mb: int | None) -> Ceilings | None:
         memory_mb: its memory, of which the system hides some; None takes the largest of its name.
     """
     said = module.replace("Jetson ", "").lower()
-    rows = [row for row in JETSONS if row.name.partition(" GB")[0].rstrip("0123456789 ").lower() in said]
+    rows = [row for row in JETSONS if _SIZE.sub("", row.name).lower() in said]
     if not rows:
         return None
     sizes = sorted({int(word) for row in rows for word in row.name.split() if word.isdigit()})
