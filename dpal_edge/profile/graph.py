@@ -189,7 +189,7 @@ class Graph:
         if tensor in self.folded:
             return any(self.quantized(name) for name in maker.inputs if name)
         moving = [name for name in maker.inputs if name and name not in self.folded]
-        passing = maker.kind in _PASSING or maker.kind in ("Multiply", "Subtract") and len(moving) == 1
+        passing = maker.kind in _PASSING or (maker.kind in ("Multiply", "Subtract") and len(moving) == 1)
         return passing and bool(moving) and self.quantized(moving[0])
 
     def operations(self, op: Op) -> int:

@@ -83,10 +83,11 @@ def compiled(small):
     except ImportError:
         pytest.skip("TensorRT for RTX is not installed")
     log = "\n".join(build_engine(bindings, small, BuildOptions()).log)
+    line = r"Name: ([^,\n]*), LayerType: (\w+), Inputs: \[(.*?)\], Constants: .*Metadata: (.*)"
     layers = [
-        {"Name": match[1], "LayerType": match[2], "Inputs": [{"Datatype": kind} for kind in re.findall(r"Datatype: (\w+)", match[3])],
-         "Metadata": match[4]}
-        for match in re.finditer(r"Name: ([^,\n]*), LayerType: (\w+), Inputs: \[(.*?)\], Constants: .*Metadata: (.*)", log)
+        {"Name": name, "LayerType": kind, "Metadata": notes,
+         "Inputs": [{"Datatype": dtype} for dtype in re.findall(r"Datatype: (\w+)", inputs)]}
+        for name, kind, inputs, notes in re.findall(line, log)
     ]  # fmt: skip
     return [layer for layer in layers if layer["LayerType"] not in ("signal", "wait", "shape_call")]
 

@@ -148,8 +148,14 @@ def test_unknown_work_and_unknown_ceilings():
 def test_the_table_gives_what_nvidia_states():
     """Dense rates of the reference, in 1e12 a second."""
     table = {device.name: device for device in JETSONS}
-    stated = {"Orin Nano 4 GB": (10.2, 5.1), "Orin Nano 8 GB Super": (33.4, 16.7), "Orin NX 8 GB": (25.1, 12.5),
-              "Orin NX 16 GB Super": (38.4, 19.2), "AGX Orin 32 GB": (53.3, 26.7), "AGX Orin 64 GB": (85.2, 42.6)}  # fmt: skip
+    stated = {
+        "Orin Nano 4 GB": (10.2, 5.1),
+        "Orin Nano 8 GB Super": (33.4, 16.7),
+        "Orin NX 8 GB": (25.1, 12.5),
+        "Orin NX 16 GB Super": (38.4, 19.2),
+        "AGX Orin 32 GB": (53.3, 26.7),
+        "AGX Orin 64 GB": (85.2, 42.6),
+    }
     for name, (int8, f16) in stated.items():
         assert table[name].peak_gops["int8"] / 1e3 == pytest.approx(int8, abs=0.05)
         assert table[name].peak_gops["f16"] / 1e3 == pytest.approx(f16, abs=0.05)
