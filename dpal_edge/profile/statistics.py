@@ -117,7 +117,7 @@ class Summary:
         """Return what makes the numbers less sure than they look, as sentences."""
         sentences = []
         if self.n < _FEWEST_IN_BLOCKS:
-            sentences.append(f"only {self.n} calls")
+            sentences.append(f"fewer than {_FEWEST_IN_BLOCKS} calls")
         if not self.warmup.stable:
             sentences.append("never became stable")
         if self.autocorrelation is not None and self.autocorrelation > _DEPENDENT:
@@ -129,18 +129,23 @@ def find_steady(values: Values) -> tuple[int, bool]:
     """Return how many calls warm-up takes, at most half of all, and whether the series is steady after them.
 
     Source: MSER-5 (White, 1997; the cut that leaves the least standard error; a cut beyond the half tells that the
-    series is too short or drifts). Differs: medians of five calls instead of means, so that a spike is no warm-up.
+    series is too short or drifts). Differs: medians of five calls instead of means, so that a spike in the middle is no
+    warm-up; then the calls at the beginning that are slow beyond the fence of outliers are.
     """
     groups = len(values) // _GROUP
-    if groups < 4:
-        return 0, False
-    medians = np.median(values[: groups * _GROUP].reshape(groups, _GROUP), axis=1)
-    left = groups - np.arange(groups - 2)  # groups that remain after each cut; two at least
-    sums, squares = (np.cumsum(part[::-1])[::-1][: groups - 2] for part in (medians - medians.mean(),
-                                                                           (medians - medians.mean()) ** 2))  # fmt: skip
-    errors = np.maximum(squares - sums**2 / left, 0) / left**2
-    cut = int(np.argmin(errors[: groups // 2 + 1]))
-    return cut * _GROUP, bool(errors[cut] <= errors.min(initial=np.inf, where=left >= max(4, groups // 4)))
+    cut, stable = 0, len(values) < 4 * _GROUP
+    if groups >= 4:
+        medians = np.median(values[: groups * _GROUP].reshape(groups, _GROUP), axis=1)
+        left = groups - np.arange(groups - 2)  # groups that remain after each cut; two at least
+        gaps = medians - medians.mean()
+        sums, squares = (np.cumsum(part[::-1])[::-1][: groups - 2] for part in (gaps, gaps**2))
+        errors = np.maximum(squares - sums**2 / left, 0) / left**2
+        cut = int(np.argmin(errors[: groups // 2 + 1]))
+        stable = bool(errors[cut] <= errors.min(initial=np.inf, where=left >= max(4, groups // 4)))
+    start, above = cut * _GROUP, _fences(values[cut * _GROUP :])[1]
+    while start < len(values) // 2 and values[start] > above:
+        start += 1
+    return start, stable
 
 
 def split_into_blocks(values: Values) -> list[Values]:
@@ -207,8 +212,7 @@ def _autocorrelation(blocks: Values) -> float | None:
 
 
 def _outliers(values: Values) -> Outliers:
-    low, high = np.percentile(values, [25, 75])
-    below, above = low - _FENCE * (high - low), high + _FENCE * (high - low)
+    below, above = _fences(values)
     calls = np.flatnonzero((values < below) | (values > above))
     largest = calls[np.argsort(-values[calls], kind="stable")][:_LISTED]
     return Outliers(
@@ -217,6 +221,12 @@ def _outliers(values: Values) -> Outliers:
         below_ms=_short(below),
         listed=tuple({"call": int(call), "ms": _short(values[call])} for call in largest),
     )
+
+
+def _fences(values: Values) -> tuple[float, float]:
+    """Return the bounds beyond which a call lies far out."""
+    low, high = np.percentile(values, [25, 75])
+    return float(low - _FENCE * (high - low)), float(high + _FENCE * (high - low))
 
 
 def _short(value: float) -> float:
