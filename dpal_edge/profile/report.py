@@ -1,6 +1,7 @@
 """What was measured as ``report.json`` holds it; docs/profile.md is its description."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ SCHEMA = 1
 STAGES = ("video", "detect", "crop", "model", "decode", "track", "draw", "age")
 _MOST_POINTS = 600  # of a series over time
 _FIRST_S = 60.0  # of a sustained run, against as much at its end
+_BUSY = 0.1  # share of the CPU that others may take without a flag
 _NOTABLE = 0.1  # by which another form must be faster to be worth a sentence
 
 
@@ -217,8 +219,27 @@ def _people(measured: Measured) -> float | None:
 
 
 def _flags(summary: Summary, measured: Measured, telemetry: Telemetry) -> list[str]:
+    others = others_share(measured, telemetry.samples)
+    busy = [f"other programs took {10 * round(10 * others)} % of the CPU"] if others > _BUSY else []
     unknown = [] if telemetry.clocks else ["clocks are unknown"]
-    return [*summary.doubts(), *unknown, *telemetry.warnings_between(measured.start_s, measured.end_s)]
+    return [*summary.doubts(), *busy, *unknown, *telemetry.warnings_between(measured.start_s, measured.end_s)]
+
+
+def others_share(measured: Measured, samples: Sequence[Sample]) -> float:
+    """Return the share of all cores, 0 to 1, that other processes took during a measurement; 0 where unknown.
+
+    A hypervisor that gives the time to another machine counts among them.
+    """
+    busy_s = capacity_s = 0.0
+    for before, sample in pairwise(samples):
+        loads = [core.load for core in sample.cores if core.load is not None]
+        if before.time_s is None or sample.time_s is None or not loads:
+            continue
+        if measured.start_s <= before.time_s and sample.time_s <= measured.end_s:
+            seconds = sample.time_s - before.time_s
+            busy_s += sum(loads) / 100 * seconds
+            capacity_s += len(loads) * seconds
+    return max(0.0, busy_s - measured.cpu_s) / capacity_s if capacity_s else 0.0
 
 
 def _energy(measured: Measured, telemetry: Telemetry) -> dict[str, dict[str, float | None]] | None:

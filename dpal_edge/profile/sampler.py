@@ -9,6 +9,7 @@ import numpy as np
 from dpal_edge.profile.statistics import find_steady, interval, split_into_blocks
 
 _LOOK_AGAIN = 1.25  # times as many calls, until the interval is computed again
+_IN_A_ROW = 2  # looks that must find it narrow enough: one may do so by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Series:
             check: called after each call; may raise to end the series.
             clock: in seconds.
         """
-        began, look_at = clock(), effort.least_calls
+        began, look_at, narrow = clock(), effort.least_calls, 0
         while True:
             for name, ms in step().items():
                 self.timings_ms.setdefault(name, []).append(ms)
@@ -61,7 +62,8 @@ class Series:
             if passed >= effort.most_s or (passed >= effort.usual_s and self.calls >= effort.least_calls):
                 return
             if passed >= effort.least_s and self.calls >= look_at:
-                if _precise(self.timings_ms[decides], effort.precision):
+                narrow = narrow + 1 if _precise(self.timings_ms[decides], effort.precision) else 0
+                if narrow == _IN_A_ROW:
                     return
                 look_at = int(self.calls * _LOOK_AGAIN)
 

@@ -58,6 +58,7 @@ class Measured:
     warm: bool  # whether warm-up came before
     start_s: float  # of ``time.monotonic``, as the next
     end_s: float = inf
+    cpu_s: float = 0.0  # that this process took meanwhile, over all its threads
     series: Series = field(default_factory=Series)
     people: int = 0  # that were found in all
 
@@ -118,9 +119,11 @@ class Session:
         """
         measured = Measured(labels=labels, clocks=clocks, warm=warm, start_s=self._now())
         self.measured.append(measured)
+        cpu_s = time.process_time()
         try:
             measured.series.collect(step, effort, decides=decides, check=self._check_heat, clock=self._clock)
         finally:
+            measured.cpu_s = time.process_time() - cpu_s
             measured.end_s = self._now()
             self._advance(1)
         return measured

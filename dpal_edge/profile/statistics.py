@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 _BLOCKS = (20, 10, 5)  # of consecutive calls; Schmeiser (1982) advises 10 to 30, whatever the number of calls
-_RELATED = 0.2  # autocorrelation of neighbouring blocks above which they are made longer, so fewer
-_DEPENDENT = 0.5  # above which an interval is too narrow all the same
+_DEPENDENT = 0.2  # autocorrelation of neighbouring blocks above which they are made longer, so fewer
 _FEWEST_IN_BLOCKS = 20  # calls; fewer are a block each
-_GROUP = 5  # calls, in which warm-up is looked for
+_GROUP, _FEWEST_GROUPS = 5, 10  # calls, in which warm-up is looked for; in fewer groups chance would find some
 _FENCE = 3.0  # interquartile ranges beyond which a call lies far out
+_DIGITS = 6  # of timings in ms: below a nanosecond is nothing but rounding
 _LISTED, _SAMPLES, _BINS = 20, 200, 30  # of outliers, samples and bins in a report
 _CALLS_FOR = {50: 1, 90: 10, 95: 20, 99: 100}  # percentile -> calls that it takes
 _SIGNIFICANT = 0.05
@@ -81,7 +81,7 @@ class Summary:
             timings_ms: of all calls in their order, warm-up included.
             warm: whether warm-up was taken off before.
         """
-        values = np.asarray(timings_ms, np.float64)
+        values = np.round(np.asarray(timings_ms, np.float64), _DIGITS)
         start, stable = (0, True) if warm else find_steady(values)
         steady = values[start:]
         percentiles = {q: float(np.percentile(steady, q)) for q, least in _CALLS_FOR.items() if len(steady) >= least}
@@ -133,15 +133,15 @@ def find_steady(values: Values) -> tuple[int, bool]:
     warm-up; then the calls at the beginning that are slow beyond the fence of outliers are.
     """
     groups = len(values) // _GROUP
-    cut, stable = 0, len(values) < 4 * _GROUP
-    if groups >= 4:
+    cut, stable = 0, True
+    if groups >= _FEWEST_GROUPS:
         medians = np.median(values[: groups * _GROUP].reshape(groups, _GROUP), axis=1)
         left = groups - np.arange(groups - 2)  # groups that remain after each cut; two at least
         gaps = medians - medians.mean()
         sums, squares = (np.cumsum(part[::-1])[::-1][: groups - 2] for part in (gaps, gaps**2))
         errors = np.maximum(squares - sums**2 / left, 0) / left**2
         cut = int(np.argmin(errors[: groups // 2 + 1]))
-        stable = bool(errors[cut] <= errors.min(initial=np.inf, where=left >= max(4, groups // 4)))
+        stable = bool(errors[cut] <= errors.min(initial=np.inf, where=left >= groups // 4))
     start, above = cut * _GROUP, _fences(values[cut * _GROUP :])[1]
     while start < len(values) // 2 and values[start] > above:
         start += 1
@@ -157,7 +157,7 @@ def split_into_blocks(values: Values) -> list[Values]:
         return list(values.reshape(-1, 1))
     for count in _BLOCKS:
         blocks = np.array_split(values, min(count, len(values) // 2))
-        if (_autocorrelation(np.array([np.median(block) for block in blocks])) or 0) <= _RELATED:
+        if (_autocorrelation(np.array([np.median(block) for block in blocks])) or 0) <= _DEPENDENT:
             break
     return list(blocks)
 
