@@ -17,7 +17,7 @@ from dpal_edge.profile.curves import build_curves
 from dpal_edge.profile.footage import CLIP, Footage
 from dpal_edge.profile.forms import RANKED, Form, find_forms
 from dpal_edge.profile.layers import profile_layers
-from dpal_edge.profile.locking import locked_clocks
+from dpal_edge.profile.locking import locked_clocks, undisturbed
 from dpal_edge.profile.machine import describe_bundle, describe_machine
 from dpal_edge.profile.page import render_page
 from dpal_edge.profile.report import (
@@ -144,10 +144,11 @@ def profile(
             interrupted = INTERRUPTED
         except CutOff as cut:
             interrupted = str(cut)
-        telemetry.sample()
-        report = run.report(interrupted)
-    write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-    write_text(out / "report.html", render_page(report))
+        with undisturbed():  # a second Ctrl-C must not cost the report
+            telemetry.sample()
+            report = run.report(interrupted)
+            write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+            write_text(out / "report.html", render_page(report))
     return report
 
 

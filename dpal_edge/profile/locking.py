@@ -40,12 +40,12 @@ def locked_clocks(say: Callable[[str], object]) -> Iterator[None]:
     undo = _Once(restore)
     atexit.register(undo)
     try:
-        with _undisturbed():
+        with undisturbed():
             lock()
         say(told)
         yield
     finally:
-        with _undisturbed():
+        with undisturbed():
             undo()
         atexit.unregister(undo)
 
@@ -115,7 +115,7 @@ def _run(*command: str) -> str:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Put off signals that would end the program, until the block is done."""
     if threading.current_thread() is not threading.main_thread():
         yield

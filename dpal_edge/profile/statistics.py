@@ -81,7 +81,7 @@ class Summary:
             timings_ms: of all calls in their order, warm-up included.
             warm: whether warm-up was taken off before.
         """
-        values = np.round(np.asarray(timings_ms, np.float64), _DIGITS)
+        values: Values = np.asarray(timings_ms, np.float64).round(_DIGITS)
         start, stable = (0, True) if warm else find_steady(values)
         steady = values[start:]
         percentiles = {q: float(np.percentile(steady, q)) for q, least in _CALLS_FOR.items() if len(steady) >= least}

@@ -31,7 +31,7 @@ def test_noise_takes_more_calls_until_the_median_is_known():
     rng = np.random.default_rng(0)
     timings, clock = collect(lambda call: 5 + rng.gamma(2, 0.25))
     summary = Summary.of(timings)
-    assert 100 < len(timings)
+    assert len(timings) > 100
     assert EFFORT.least_s <= clock() < EFFORT.usual_s
     assert summary.p50_ci95[1] - summary.p50_ci95[0] <= 0.02 * summary.p50
 
@@ -68,7 +68,7 @@ def test_what_came_before_an_end_is_kept(error):
 
 
 def test_it_recovers_a_known_distribution_within_its_own_interval():
-    """Log-normal noise on 5 ms, in which each call keeps half of the one before: 60 engines, all that a user would see."""
+    """Log-normal noise on 5 ms, in which each call keeps half of the one before, of 60 engines."""
     held = {"mean": 0, "median": 0}
     for seed in range(60):
         rng = np.random.default_rng(seed)

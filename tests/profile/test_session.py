@@ -300,9 +300,9 @@ def test_the_budget():
 def test_a_faster_form_is_named():
     used = {"target": "onnx", "artifact": "a", "engine": "onnxruntime", "precision": "float32", "computes": None}
     calls = [
-        {**used, "what": "call", "clock": "host", "batch": 4, "runner": "ort 1", "ms": Summary.of([40.0] * 30).to_dict()},
-        {**used, "target": "int8", "what": "call", "clock": "host", "batch": 4, "runner": "ov 1",
-         "ms": Summary.of([10.0] * 30).to_dict()},
+        {**used, "target": target, "what": "call", "clock": "host", "batch": 4, "runner": runner,
+         "ms": Summary.of([ms] * 30).to_dict()}
+        for target, runner, ms in (("onnx", "ort 1", 40.0), ("int8", "ov 1", 10.0))
     ]  # fmt: skip
     options = {"budget_ms": None}
     found = find_verdicts(report_with(1.0, measurements=calls, bundle={"used": used}, options=options))
