@@ -138,7 +138,7 @@ def summarize(profile: _Profile) -> dict[str, Any]:
         "groups": [group for group in groups if group["kernels"] or group["operations"]],
         "kernels": [
             {"name": k.name, "kind": k.kind, "kernel": k.kernel, "precision": k.precision, "group": k.group,
-             "found": k.found, "ms": k.ms}
+             "found": k.found, "ms": round(k.ms, 6)}
             for k in profile.kernels
         ],
         "attention": graph and {"blocks": _attentions(graph), "fused": profile.fused},

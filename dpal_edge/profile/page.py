@@ -5,13 +5,14 @@ measured is left out, and every number that was taken under doubtful conditions 
 """
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from dpal_edge.html import bars, page, table
-from dpal_edge.profile.plots import COLOURS, Plot, axis, stacked_bar
+from dpal_edge.profile.page_blocks import show_layers, show_roofline
+from dpal_edge.profile.plots import COLOURS, Axis, Plot, axis, grid, stacked_bar
+from dpal_edge.profile.wording import as_count, as_decimal, as_ms, or_dash
 
 _Report = Mapping[str, Any]
 
@@ -32,11 +33,12 @@ ul.verdicts { list-style: none; padding: 0; } .verdicts li { padding: .5rem .7re
 svg.bar { height: 1.9rem; border-radius: 6px; margin: .4rem 0; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--accent); }
 p, h1, h2, td { overflow-wrap: anywhere; } td + td, th + th { white-space: nowrap; }
+@media (max-width: 30rem) { th, td { padding: .35rem .3rem; } table { font-size: .88rem; } }
 td.words, th.words { white-space: normal; text-align: left; min-width: 15rem; }
 </style>"""
 
-_BLOCK = re.compile(r"^(stage \d+ )?block \d+ ")
 _MOST_LINES = 6  # in a plot of curves
+_BINS = 40
 _HEAT = "color-mix(in srgb, var(--bad) 22%, transparent)"
 
 
@@ -53,8 +55,8 @@ def render_page(report: _Report) -> str:
         ("What each head costs", _heads),
         ("Over time", _sustained),
         ("Power, clocks and heat", _telemetry),
-        ("Blocks of the model", _layers),
-        ("Roofline", _roofline),
+        ("Blocks of the model", show_layers),
+        ("Roofline", show_roofline),
         ("What is missing", _missing),
         ("How this was measured", _method),
     )
@@ -73,35 +75,36 @@ def _opening(report: _Report) -> list[str]:
         f"measured {str(report['created']).replace('T', ' ').partition('+')[0]} UTC" if report.get("created") else "",
         f"dpal-edge {report['version']}" if report.get("version") else "",
     ]
-    tiles = [_tile(value, text) for value, text in _numbers(report)]
+    tiles = [_tile(*one) for one in _numbers(report)]
     return [
         f"<p class='soft'>{escape(', '.join(filter(None, words)))}</p>",
         f"<div class='tiles'>{''.join(tiles)}</div>" if tiles else "",
     ]
 
 
-def _tile(value: str, text: str) -> str:
-    return f"<div class='tile'><b>{escape(value)}</b>{escape(text)}</div>"
+def _tile(value: str, text: str, doubt: object) -> str:
+    mark = " <span class='warn'>!</span>" if doubt else ""
+    return f"<div class='tile'><b>{escape(value)}{mark}</b>{escape(text)}</div>"
 
 
-def _numbers(report: _Report) -> Iterable[tuple[str, str]]:
+def _numbers(report: _Report) -> Iterable[tuple[str, str, object]]:
+    """Yield numbers, what they are, and whether they are in doubt."""
     calls = [m for m in _of_used(report, "call") if m["clock"] == "host"]
     if calls:
         first = min(calls, key=lambda m: m["batch"])
-        yield f"{_ms(first['ms']['p50'])} ms", f"median of a call with {_count(first['batch'], 'person', 'people')}"
+        text = f"median of a call with {as_count(first['batch'], 'person', 'people')}"
+        yield f"{as_ms(first['ms']['p50'])} ms", text, first.get("flags")
     for one in _of_used(report, "pipeline"):
         if not one.get("placed"):
             key = "p95" if one["ms"]["p95"] is not None else "max"
-            yield (
-                f"{_ms(one['ms'][key])} ms",
-                f"{key} from a frame to drawn people, {_decimal(one['people'])} per frame",
-            )
+            text = f"{key} from a frame to drawn people, {as_decimal(one['people'])} per frame"
+            yield f"{as_ms(one['ms'][key])} ms", text, one.get("flags")
             break
     energy = (report.get("telemetry") or {}).get("per_frame") or {}
     for meter, joules in itertools.islice(energy.items(), 1):
-        yield f"{1e3 * joules:.3g} mJ", f"per frame, {meter}"
+        yield f"{1e3 * joules:.3g} mJ", f"per frame, {meter}", False
     if heads := report.get("heads"):
-        yield f"{heads['saving']:.0%}", f"saved by one backbone for {len(heads['heads'])} heads"
+        yield f"{heads['saving']:.0%}", f"saved by one backbone for {len(heads['heads'])} heads", False
 
 
 def _verdicts(report: _Report) -> list[str]:
@@ -111,7 +114,8 @@ def _verdicts(report: _Report) -> list[str]:
     if report.get("interrupted") and not any(v.get("kind") == "interrupted" for v in report.get("verdicts") or ()):
         told.insert(0, ("no", f"{report['interrupted']}; what follows was measured until then"))
     warnings = (report.get("telemetry") or {}).get("warnings") or ()
-    told += [("mind", text) for text in warnings if not any(text in other for _, other in told)]
+    of_clocks = any(v.get("kind") == "clocks" for v in report.get("verdicts") or ())
+    told += [("mind", text) for text in warnings if not (of_clocks and text.startswith("clocks are not locked"))]
     items = "".join(f'<li class="{kind}">{escape(text[:1].upper() + text[1:])}</li>' for kind, text in told)
     return [f"<ul class='verdicts'>{items}</ul>"] if items else []
 
@@ -121,29 +125,44 @@ def _clocks(report: _Report) -> list[str]:
     if not shown:
         return []
     others = [m for m in report["measurements"] if m not in shown]
-    rest = [(f"{_what(m)}, {_form(m)}, {m['clock']}", m) for m in others]
     told = [f"<li><b>{escape(c['clock'])}</b>: {escape(c['told'])}</li>" for c in report.get("clocks") or ()]
     return [
-        "<p class='soft'>Milliseconds. An interval is the range of the mean that chance alone would leave (95 %); "
-        "! marks numbers with a doubt, which is told below the table.</p>",
-        _times([(f"{m['clock']}: {_what(m)}", m) for m in shown]),
+        "<p class='soft'>Milliseconds. Below the mean stands how far chance alone may have moved it.</p>",
+        _side_by_side(shown),
         _doubts(shown),
         f"<details><summary>What each clock counts</summary><ul>{''.join(told)}</ul></details>" if told else "",
-        f"<details><summary>All measurements</summary>{_times(rest)}{_doubts(others)}</details>" if others else "",
+        f"<details><summary>All measurements</summary>{_times(others)}{_doubts(others)}</details>" if others else "",
     ]
 
 
-def _times(named: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _side_by_side(measurements: Sequence[Mapping[str, Any]]) -> str:
+    """Return a column for each measurement, which fits a phone."""
+    columns = [_cells(m) for m in measurements]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    return table(["", *(m["clock"] + " !" * bool(m.get("flags")) for m in measurements)], rows)
+
+
+def _times(measurements: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row for each of many measurements."""
+    names = ("p50", "p90", "p95", "p99", "max", "mean", "± (95 %)", "calls")
     rows = []
-    for name, m in named:
-        ms = m["ms"]
-        low, high = ms.get("ci95") or (None, None)
-        spread = f" [{_ms(low)}, {_ms(high)}]" if low is not None else ""
-        doubt = " !" if m.get("flags") else ""
-        quantiles = [_ms(ms.get(key)) for key in ("p50", "p90", "p95", "p99", "max")]
-        outliers = (ms.get("outliers") or {}).get("count")
-        rows.append([name + doubt, *quantiles, _ms(ms["mean"]) + spread, str(ms["n"]), _or_dash(outliers)])
-    return table(["clock", "p50", "p90", "p95", "p99", "max", "mean", "calls", "outliers"], rows)
+    for m in measurements:
+        cells = _cells(m)
+        name = f"{_what(m)}, {_form(m)}, {m['clock']}" + " !" * bool(m.get("flags"))
+        rows.append([name, *(cells[key] for key in names)])
+    return table(["", *names], rows)
+
+
+def _cells(m: Mapping[str, Any]) -> dict[str, str]:
+    ms = m["ms"]
+    ends, outliers = ms.get("ci95"), (ms.get("outliers") or {}).get("count")
+    return {
+        "of": "a frame" if m["what"] == "pipeline" else _what(m).removeprefix("a call with "),
+        **{key: as_ms(ms.get(key)) for key in ("p50", "p90", "p95", "p99", "max", "mean")},
+        "± (95 %)": as_ms((ends[1] - ends[0]) / 2) if ends else "-",
+        "calls": str(ms["n"]),
+        "outliers": or_dash(outliers),
+    }
 
 
 def _doubts(measurements: Sequence[Mapping[str, Any]]) -> str:
@@ -153,25 +172,36 @@ def _doubts(measurements: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _distributions(report: _Report) -> list[str]:
-    plots = [_distribution(m) for m in _headline(report) if m["ms"].get("histogram")]
+    plots = [_distribution(m) for m in _headline(report) if len(m["ms"].get("samples") or ()) > 1]
     if not plots:
         return []
-    text = "Every call after warm-up is in here. Dots are outliers, which stay in all numbers."
-    return [f"<p class='soft'>{text}</p>", _grid(plots)]
+    text = "Calls after warm-up, up to 200 evenly out of all. Red dots are outliers, which stay in all numbers."
+    return [f"<p class='soft'>{text}</p>", grid(plots)]
 
 
 def _distribution(m: Mapping[str, Any]) -> str:
+    """Return how often which time was taken; what lies far beyond stands at the right edge, with its time."""
     ms = m["ms"]
-    edges, counts = ms["histogram"]["edges"], ms["histogram"]["counts"]
-    plot = Plot(f"{m['clock']}: {_what(m)}", axis(edges, "ms", zero=False), axis(counts, "calls"))
-    for left, right, count in zip(edges, edges[1:], counts, strict=False):
-        if count:
-            plot.box(left, right, 0, count, COLOURS[0], opacity=0.75)
-    plot.mark(ms["p50"], f"p50 {_ms(ms['p50'])}", COLOURS[1])
-    if ms.get("p95") is not None:
-        plot.mark(ms["p95"], f"p95 {_ms(ms['p95'])}", COLOURS[1], row=1)
-    for one in (ms.get("outliers") or {}).get("listed") or ():
-        plot.dot(one["ms"], plot.y.high * 0.04, "var(--bad)", title=f"call {one['call']}: {_ms(one['ms'])} ms")
+    outliers = ms.get("outliers") or {}
+    end = min(ms["max"], outliers.get("above_ms") or ms["max"])
+    inside = [value for value in ms["samples"] if value <= end] or list(ms["samples"])
+    x = axis(inside, "ms", zero=False)
+    width = (x.high - x.low) / _BINS
+    counts = [0] * _BINS
+    for value in inside:
+        counts[min(int((value - x.low) / width), _BINS - 1)] += 1
+    shares = [100 * count / len(inside) for count in counts]
+    plot = Plot(f"{m['clock']}: {_what(m)}", x, axis(shares, "% of calls"))
+    for i, share in enumerate(shares):
+        if share:
+            plot.box(x.low + i * width, x.low + (i + 1) * width, 0, share, COLOURS[0], opacity=0.75)
+    for row, key in reversed(list(enumerate(("p50", "p95", "p99")))):  # words over the lines of others
+        if ms.get(key) is not None:
+            plot.mark(ms[key], f"{key} {as_ms(ms[key])}", COLOURS[1], row=row)
+    for one in outliers.get("listed") or ():
+        plot.dot(one["ms"], plot.y.high * 0.04, "var(--bad)", title=f"call {one['call']}: {as_ms(one['ms'])} ms")
+    if outliers.get("count"):
+        plot.names.append((f"{as_count(outliers['count'], 'outlier')}, up to {as_ms(ms['max'])} ms", "var(--bad)"))
     return plot.render()
 
 
@@ -181,16 +211,16 @@ def _stages(report: _Report) -> list[str]:
         return []
     own = [s for s in stages["stages"] if s["name"] not in ("total", "age")]
     total = sum(s["ms"]["p50"] for s in own) or 1.0
-    source = f"{stages['source']}, {stages['frames']} frames, {_decimal(stages['people'])} people per frame"
+    source = f"{stages['source']}, {stages['frames']} frames, {as_decimal(stages['people'])} people per frame"
     rows = [
-        [s["name"], *(_ms(s["ms"].get(key)) for key in ("p50", "p95", "p99", "max")),
+        [s["name"], *(as_ms(s["ms"].get(key)) for key in ("p50", "p95", "max")),
          f"{s['ms']['p50'] / total:.0%}" if s in own else ""]
         for s in stages["stages"]
     ]  # fmt: skip
     return [
         f"<p class='soft'>Medians on {escape(source)}.</p>",
-        stacked_bar([(s["name"], s["ms"]["p50"], f"{_ms(s['ms']['p50'])} ms") for s in own]),
-        table(["stage", "p50", "p95", "p99", "max", "share"], rows),
+        stacked_bar([(s["name"], s["ms"]["p50"], f"{as_ms(s['ms']['p50'])} ms") for s in own]),
+        table(["stage", "p50", "p95", "max", "share"], rows),
     ]
 
 
@@ -207,14 +237,16 @@ def _curves(report: _Report) -> list[str]:
             _curve(own[:_MOST_LINES], label, key, unit) for key, unit in (("p50", "ms"), ("each", "ms each")) if own
         ]
     text = "The knee is the first size from which the next saves less than 10 % per person; dotted lines are p95."
-    return [f"<p class='soft'>{text}</p>", _grid(plots)]
+    return [f"<p class='soft'>{text}</p>", grid(plots)]
 
 
 def _curve(curves: Sequence[Mapping[str, Any]], label: str, key: str, unit: str) -> str:
     points = [point for curve in curves for point in curve["points"]]
     tops = [p[k] for p in points for k in ((key, "p95") if key == "p50" else (key,)) if p.get(k) is not None]
     title = f"Time by {label.partition(' ')[0]}" if key == "p50" else "Time for each of them"
-    plot = Plot(title, axis((p["x"] for p in points), label), axis(tops, unit))
+    sizes = sorted({point["x"] for point in points})
+    x = Axis(sizes[0], max(sizes[-1], sizes[0] + 1), label, at=sizes)
+    plot = Plot(title, x, axis(tops, unit))
     for colour, curve in zip(COLOURS, curves, strict=False):
         plot.line([(p["x"], p[key]) for p in curve["points"]], colour, name=f"{_form(curve)}, {curve['clock']}")
         if key == "p50" and (high := [(p["x"], p["p95"]) for p in curve["points"] if p.get("p95") is not None]):
@@ -232,19 +264,20 @@ def _heads(report: _Report) -> list[str]:
     rows = [
         [
             h["name"],
-            _ms(h["marginal_ms"]) + _interval(h.get("marginal_ci95")),
+            as_ms(h["marginal_ms"]) + _interval(h.get("marginal_ci95")),
             f"{h['share']:.0%}",
-            _ms(h["alone"]["p50"]),
+            as_ms(h["alone"]["p50"]),
         ]
         for h in shown
     ]
     text = (
-        f"All heads on one backbone: {_ms(heads['all']['p50'])} ms for {_count(heads['batch'], 'image')}, with "
-        f"{heads['runner']}. A network for each head: {_ms(heads['separate_ms'])} ms; sharing saves {heads['saving']:.0%}."
+        f"All heads on one backbone: {as_ms(heads['all']['p50'])} ms for {as_count(heads['batch'], 'image')}, with "
+        f"{heads['runner']}. A network for each head: {as_ms(heads['separate_ms'])} ms; sharing saves "
+        f"{heads['saving']:.0%}."
     )
     return [
         f"<p>{escape(text)}</p>",
-        bars([(h["name"], max(h["marginal_ms"], 0.0), f"{_ms(h['marginal_ms'])} ms") for h in shown], accent=""),
+        bars([(h["name"], max(h["marginal_ms"], 0.0), f"{as_ms(h['marginal_ms'])} ms") for h in shown], accent=""),
         table(["head", "costs, ms", "share", "alone, ms"], rows),
         f"<p class='soft'>{escape(heads['note'])}</p>" if heads.get("note") else "",
     ]
@@ -258,10 +291,10 @@ def _sustained(report: _Report) -> list[str]:
     plot = Plot("Median of a frame", axis(series["time_s"], "seconds"), axis(series["p50_ms"], "ms"))
     plot.line(list(zip(series["time_s"], series["p50_ms"], strict=False)), COLOURS[0])
     text = (
-        f"{_decimal(sustained['minutes'])} minutes: {_ms(sustained['first_p50_ms'])} ms at first, "
-        f"{_ms(sustained['last_p50_ms'])} ms at the end ({sustained['slower']:+.0%})."
+        f"{as_decimal(sustained['minutes'])} minutes: {as_ms(sustained['first_p50_ms'])} ms at first, "
+        f"{as_ms(sustained['last_p50_ms'])} ms at the end ({sustained['slower']:+.0%})."
     )
-    return [f"<p>{text}</p>", _grid([plot.render()])]
+    return [f"<p>{text}</p>", grid([plot.render()])]
 
 
 def _telemetry(report: _Report) -> list[str]:
@@ -280,7 +313,7 @@ def _telemetry(report: _Report) -> list[str]:
     return [
         _energy(telemetry),
         "<p class='bad'>Shaded: the device slowed itself down.</p>" if spans and plots else "",
-        _grid(plots),
+        grid(plots),
     ] if plots or telemetry.get("energy_j") or spans else []  # fmt: skip
 
 
@@ -326,125 +359,12 @@ def _spans(times: Sequence[float], throttled: Sequence[Sequence[str]]) -> list[t
 def _energy(telemetry: Mapping[str, Any]) -> str:
     frame, person = telemetry.get("per_frame") or {}, telemetry.get("per_person") or {}
     rows = [
-        [name, f"{joules:.4g} J", *(f"{1e3 * per[name]:.3g} mJ" if name in per else "–" for per in (frame, person))]
+        [name, f"{joules:.4g} J", *(f"{1e3 * per[name]:.3g} mJ" if name in per else "-" for per in (frame, person))]
         for name, joules in (telemetry.get("energy_j") or {}).items()
     ]
     hottest = [f"{name} {value:.0f} °C" for name, value in (telemetry.get("hottest_c") or {}).items()]
     text = f"<p class='soft'>Hottest: {escape(', '.join(hottest))}.</p>" if hottest else ""
     return (table(["energy", "whole run", "per frame", "per person"], rows) if rows else "") + text
-
-
-def _layers(report: _Report) -> list[str]:
-    shown: list[str] = []
-    for name, entry in (report.get("layers") or {}).items():
-        if not entry.get("groups"):
-            continue
-        sums: dict[str, list[float]] = {}
-        for group in entry["groups"]:
-            kind = _BLOCK.sub("", group["group"])
-            sums.setdefault(kind if kind == group["group"] else f"{kind} of all blocks", []).append(group["ms"])
-        parts = [(kind, sum(ms), f"{_ms(sum(ms))} ms") for kind, ms in sums.items()]
-        parts.sort(key=lambda part: -part[1])
-        text = (
-            f"{name} with {entry['engine']}, {_count(entry['batch'], 'image')}: {_ms(entry['plain_ms'])} ms a call. "
-            f"{entry['source']}: kernels take {_ms(entry['sum_ms'])} of {_ms(entry['host_ms'])} ms while profiling, "
-            f"{entry['unaccounted_share']:.0%} is outside of them."
-        )
-        if attention := entry.get("attention"):
-            text += f" {attention['fused']} of {attention['blocks']} attentions are one kernel."
-        shown += [f"<p>{escape(text)}</p>", stacked_bar(parts), _kernels(entry)]
-    return shown
-
-
-def _kernels(entry: Mapping[str, Any]) -> str:
-    top = sorted(entry.get("kernels") or (), key=lambda kernel: -kernel["ms"])[:40]
-    rows = [[k["name"], k["group"], f"{k['kind']} {k['kernel']}".strip(), k["precision"], _ms(k["ms"])] for k in top]
-    what = f"The {len(rows)} slowest of {len(entry['kernels'])} kernels" if rows else ""
-    return (
-        f"<details><summary>{what}</summary>{table(['kernel', 'block', 'kind', 'in', 'ms'], rows)}</details>"
-        if rows
-        else ""
-    )
-
-
-def _roofline(report: _Report) -> list[str]:
-    roofline = report.get("roofline")
-    if not roofline or not roofline.get("groups"):
-        return []
-    device, total = roofline.get("device"), roofline.get("total") or {}
-    advice = "".join(f"<li>{escape(text)}</li>" for text in roofline.get("advice") or ())
-    shown = []
-    if total.get("achieved_share"):
-        shown.append(
-            f"<p>{escape(roofline['file'])} could not take less than {_ms(total['floor_ms'])} ms here; it takes "
-            f"{_ms(total['ms'])} ms, <b>{total['achieved_share']:.0%}</b> of what the device can do.</p>"
-        )
-    shown.append(f"<p>What to try next, the most worthwhile first:</p><ul>{advice}</ul>" if advice else "")
-    if device:
-        shown += [
-            _grid([_roofline_plot(roofline["groups"], device)]),
-            f"<p class='soft'>Ceilings: {escape(device['source'])}.</p>",
-        ]
-    return [*shown, _roofline_table(roofline["groups"]), _floors(roofline)]
-
-
-def _roofline_plot(groups: Sequence[Mapping[str, Any]], device: Mapping[str, Any]) -> str:
-    """Return the blocks below the ceilings, both axes logarithmic; blocks without products have no place there."""
-    dots = [g for g in groups if g.get("intensity") and g.get("achieved_gops")]
-    peaks, bandwidth = device["peak_gops"], device["bandwidth_gb_s"]
-    ridges = [peak / bandwidth for peak in peaks.values()]
-    x = axis([*(g["intensity"] for g in dots), *ridges], "operations per byte", logarithmic=True)
-    y = axis([*(g["achieved_gops"] for g in dots), *peaks.values()], "1e9 operations/s", logarithmic=True)
-    plot = Plot(f"Below the ceilings of {device['name']}"[:58], x, y)
-    start = max(x.low, y.low / bandwidth)
-    for peak in peaks.values():
-        plot.line([(start, start * bandwidth), (peak / bandwidth, peak), (x.high, peak)], "var(--soft)")
-    for name, peak in peaks.items():
-        px, py = plot.at(x.high, peak)
-        plot.marks.append(f'<text x="{px - 2:.1f}" y="{py - 4:.1f}" text-anchor="end">{escape(name)}</text>')
-    kinds = list(dict.fromkeys(_BLOCK.sub("", g["group"]) for g in dots))
-    colours = {kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)}
-    for g in dots:
-        title = f"{g['group']}: {_ms(g['ms'])} ms, {_percent(g.get('achieved_share'))} of its ceiling"
-        plot.dot(g["intensity"], g["achieved_gops"], colours[_BLOCK.sub("", g["group"])], radius=4, title=title)
-    plot.names += colours.items()
-    return plot.render()
-
-
-def _roofline_table(groups: Sequence[Mapping[str, Any]]) -> str:
-    head = ["block", "ms", "1e6 operations", "kB", "operations/byte", "in", "bound by", "of ceiling"]
-    rows = [
-        [g["group"], _ms(g["ms"]), _or_dash(g["operations"] and f"{g['operations'] / 1e6:.1f}"),
-         _or_dash(g["bytes"] and f"{g['bytes'] / 1e3:.0f}"), _or_dash(g["intensity"] and f"{g['intensity']:.0f}"),
-         _or_dash(g["precision"]), _or_dash(g["bound"]), _percent(g["achieved_share"])]
-        for g in groups
-    ]  # fmt: skip
-    words = [
-        f"<tr><td>{escape(g['group'])}</td><td class='words'>{escape(g['next'])}</td></tr>"
-        for g in groups
-        if g.get("next")
-    ]
-    table_of_words = f"<div class='scroll'><table><tbody>{''.join(words)}</tbody></table></div>"
-    return f"<details open><summary>Each block</summary>{table(head, rows)}</details>" + (
-        f"<details><summary>What to try next at each block</summary>{table_of_words}</details>" if words else ""
-    )
-
-
-def _floors(roofline: Mapping[str, Any]) -> str:
-    floors = roofline.get("floors") or ()
-    if not floors:
-        return ""
-    rows = [[f["device"], f"{f['floor_ms']:.3f}", f["bound"]] for f in floors]
-    text = (
-        "<b>Floors, not measurements.</b> What a Jetson's data sheet allows for the same call at best: weights read "
-        "once, products at the dense peak, nothing else. Real engines take several times as long, with one image most "
-        "of it for starting kernels. Only a profile on the device tells its time."
-    )
-    sources = "; ".join(dict.fromkeys(f["source"] for f in floors))
-    return (
-        f"<details><summary>Floors for Jetson modules</summary><p>{text}</p>"
-        f"{table(['module', 'floor, ms', 'bound by'], rows)}<p class='soft'>{escape(sources)}.</p></details>"
-    )
 
 
 def _missing(report: _Report) -> list[str]:
@@ -459,7 +379,7 @@ def _missing(report: _Report) -> list[str]:
 def _method(report: _Report) -> list[str]:
     machine, bundle = report.get("machine") or {}, report.get("bundle") or {}
     clocks = [
-        f"{c['name']} {_decimal(c.get('min_mhz'))} to {_decimal(c.get('max_mhz'))} MHz"
+        f"{c['name']} {as_decimal(c.get('min_mhz'))} to {as_decimal(c.get('max_mhz'))} MHz"
         + " (locked)" * bool(c.get("locked"))
         for c in machine.get("clocks") or ()
     ]
@@ -503,8 +423,8 @@ def _is_used(report: _Report, one: Mapping[str, Any]) -> bool:
 
 def _what(m: Mapping[str, Any]) -> str:
     if m["what"] == "call":
-        return f"a call with {_count(m['batch'], 'image')}"
-    people = f"{_decimal(m['people'])} people" if m.get("people") is not None else ""
+        return f"a call with {as_count(m['batch'], 'image')}"
+    people = f"{as_decimal(m['people'])} people" if m.get("people") is not None else ""
     cameras = f"{m['cameras']} cameras" if (m.get("cameras") or 1) > 1 else ""
     source = "" if m.get("placed") else m.get("source")
     return ", ".join(filter(None, ("a frame" if m["what"] == "pipeline" else m["what"], source, people, cameras)))
@@ -518,37 +438,9 @@ def _engine(one: Mapping[str, Any]) -> str:
     return " ".join(filter(None, (one.get("engine"), one.get("computes"))))
 
 
-def _grid(parts: Sequence[str]) -> str:
-    return f"<div class='grid'>{''.join(parts)}</div>" if parts else ""
-
-
 def _scaled(values: Sequence[float | None] | None, factor: float) -> list[float | None]:
     return [None if value is None else value * factor for value in values or ()]
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
 def _interval(ends: Sequence[float] | None) -> str:
-    return f" [{_ms(ends[0])}, {_ms(ends[1])}]" if ends else ""
-
-
-def _ms(value: float | None) -> str:
-    """Write a time in three digits at least, never more than a microsecond precise."""
-    if value is None:
-        return "–"
-    digits = 3 if abs(value) < 1 else 2 if abs(value) < 100 else 1
-    return f"{value:.{digits}f}"
-
-
-def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}".removesuffix(".0")
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
-
-
-def _or_dash(value: object) -> str:
-    return "–" if value is None or value == "" else str(value)
+    return f" [{as_ms(ends[0])}, {as_ms(ends[1])}]" if ends else ""

@@ -11,7 +11,8 @@ COLOURS = ("var(--accent)", "var(--second)", "var(--good)", "#a855f7", "#0d9488"
 
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 28, 36  # margins
-_LETTER = 6.3  # average width of a letter at 12 pixels
+_LETTER, _BOLD_LETTER = 6.3, 7.2  # average width of a letter at 12 pixels
+_HALO = "paint-order:stroke;stroke:var(--paper);stroke-width:3px"
 _STROKE = 'fill="none" stroke-linecap="round" stroke-linejoin="round"'
 
 
@@ -23,6 +24,7 @@ class Axis:
     high: float
     label: str
     logarithmic: bool = False
+    at: Sequence[float] = ()  # where marks stand; empty: at round values
 
     def place(self, value: float) -> float:
         """Return where a value lies between the ends, 0..1; what is beyond lies on the end."""
@@ -33,12 +35,14 @@ class Axis:
         return min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)
 
     def marks(self) -> list[float]:
-        """Return round values between the ends, at most eight."""
+        """Return the values that are written at the axis: round ones, at most eight."""
+        if self.at:
+            return list(self.at)
         if not self.logarithmic:
-            low = min(self.low, 0.0)
-            return [
-                tick for tick in ticks(max(self.high, low + 1e-9), low) if self.low <= tick <= self.high * (1 + 1e-9)
-            ]
+            grid = ticks(self.high - self.low)
+            step = grid[1] - grid[0]
+            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+            return [float(f"{step * i:.10g}") for i in range(first, last + 1)]
         first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
         step = max(1, -(-(last - first) // 6))
         return [10.0**power for power in range(first, last + 1, step)]
@@ -107,12 +111,14 @@ class Plot:
         self.marks.append(
             f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{top:.1f}" y2="{_HEIGHT - _BOTTOM}" stroke="{colour}" '
             f'stroke-dasharray="3 3"/><text x="{place + (-4 if end else 4):.1f}" y="{top + 11 + 13 * row:.1f}" '
-            f'text-anchor="{"end" if end else "start"}" style="fill:{colour}">{escape(text)}</text>'
+            f'text-anchor="{"end" if end else "start"}" style="fill:{colour};{_HALO}">{escape(text)}</text>'
         )
 
     def render(self) -> str:
         """Return the plot as SVG, and the names of what it shows as lines of text below."""
-        parts = [f'<text x="0" y="14" style="fill:var(--ink);font-weight:600">{escape(self.title)}</text>']
+        room = int((_WIDTH - len(self.y.label) * _LETTER) / _BOLD_LETTER) - 1
+        title = self.title if len(self.title) <= room else f"{self.title[: room - 1]}…"
+        parts = [f'<text x="0" y="14" style="fill:var(--ink);font-weight:600">{escape(title)}</text>']
         for value in self.y.marks():
             y = self.at(self.x.low, value)[1]
             parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
@@ -141,6 +147,11 @@ def legend(names: Sequence[tuple[str, str]]) -> str:
         f'<span class="key"><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in names
     )
     return f"<figcaption>{keys}</figcaption>"
+
+
+def grid(parts: Sequence[str]) -> str:
+    """Return plots side by side where there is room, else below each other."""
+    return f"<div class='grid'>{''.join(parts)}</div>" if parts else ""
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, str]]) -> str:
