@@ -94,7 +94,7 @@ def trace_onnxruntime(path: Path, options: Any, provider: str, batch: int, *, ca
             feeds = {i.name: random_images([s if isinstance(s, int) else None for s in i.shape], batch,
                                            _ORT_TYPES[i.type]) for i in session.get_inputs()}  # fmt: skip
             walls = [time_ms(lambda: session.run(None, feeds)) for _ in range(2 * calls)]
-        except FAILURES as error:
+        except (KeyError, *FAILURES) as error:  # KeyError: an input of a type that no model here has
             raise ModelFileError(f"{path}: onnxruntime cannot profile it ({' '.join(str(error).split())})") from error
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     runs = sorted(event["ts"] for event in events if event["name"] == "model_run")

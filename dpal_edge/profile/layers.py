@@ -25,11 +25,11 @@ from dpal_edge.profile.graph_files import (
 from dpal_edge.runtime.backend import open_backend, physical_cores
 
 SEVERAL = "several groups"  # of a kernel that computes parts of more than two blocks
-MOVEMENT = re.compile(
+_MOVEMENT = re.compile(
     r"(?i)transpose|permut|reorder|reshape|squeeze|slice|split|concat|gather|expand|broadcast|tile|shape|shuffle|"
     r"reformat|cast|convert$|copy|memcpy|move|pad$"
 )
-QUANTIZING = re.compile(r"^(Dynamic)?(Dequantize|Quantize)Linear$|^FakeQuantize$")
+_QUANTIZING = re.compile(r"^(Dynamic)?(Dequantize|Quantize)Linear$|^FakeQuantize$")
 
 _PRODUCT = re.compile(r"(?i)fullyconnected|matmul|gemm|conv(?!ert)|correlation|einsum|attention")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")  # in the notes that TensorRT keeps of a kernel
@@ -37,8 +37,8 @@ _TYPES = {"float": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "int8", 
           "u8": "int8", "half": "f16", "fp16": "f16", "fp32": "f32", "fp8": "f8", "f32": "f32", "f16": "f16",
           "bf16": "bf16"}  # fmt: skip
 _TYPE_WORD = re.compile(r"(?i)\b(bfloat16|bf16|float16|float|fp8|fp16|fp32|half|u?int8)\b")
-_BLOCKED = "_nchwc"  # and one of its own layout, after it
-_CAST = "InsertedPrecisionFreeCast_"  # how ONNX Runtime calls a cast of its own, before the name of a tensor
+# What ONNX Runtime puts before the name of a tensor that it casts, and after that of one in its own layout.
+_CAST, _BLOCKED = "InsertedPrecisionFreeCast_", "_nchwc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def profile_layers(
     read = _READERS[engine]
     profile = read(_Asked(path, batch, calls, graph, device, threads or physical_cores(), precision, feeds))
     return {"file": path.name, "engine": backend.name, "source": profile.source, "batch": batch, "calls": calls,
-            "plain_ms": statistics.median(plain), **summarize(profile)}  # fmt: skip
+            "plain_ms": statistics.median(plain), **_summarize(profile)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Asked:
     feeds: Mapping[str, NDArray[Any]]
 
 
-def summarize(profile: _Profile) -> dict[str, Any]:
+def _summarize(profile: _Profile) -> dict[str, Any]:
     """Return the sums and the groups of a profile."""
     host, total = statistics.fmean(profile.walls_ms), sum(kernel.ms for kernel in profile.kernels)
     graph = profile.graph
@@ -159,8 +159,8 @@ def _group(name: str, kernels: Sequence[Kernel], graph: Graph | None, total: flo
         "share": ms / total if total else 0.0,
         "kernels": len(kernels),
         "precisions": dict(precisions),
-        "movement_ms": sum(kernel.ms for kernel in kernels if MOVEMENT.search(kernel.kind)),
-        "quantize_ms": sum(kernel.ms for kernel in kernels if QUANTIZING.search(kernel.kind)),
+        "movement_ms": sum(kernel.ms for kernel in kernels if _MOVEMENT.search(kernel.kind)),
+        "quantize_ms": sum(kernel.ms for kernel in kernels if _QUANTIZING.search(kernel.kind)),
         "operations": work and work.operations,
         "int8_operations": work and work.int8_operations,
         "weight_bytes": work and work.weight_bytes,
@@ -294,13 +294,14 @@ def _profile_engine(asked: _Asked, trt: Any, name: str) -> _Profile:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             totals[layer_name] = totals.get(layer_name, 0.0) + ms / asked.calls
 
-    context.profiler = Times()
+    profiler = Times()  # which the context does not keep alive in all versions
+    context.profiler = profiler
     walls = [time_ms(lambda: backend.run(asked.feeds)) for _ in range(asked.calls)]
     inspector = backend.engine.create_engine_inspector()
     inspector.execution_context = context
     told = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     graph, missing = _graph_of_engine(asked)
-    kernels = place_engine_layers(totals, told["Layers"], graph)
+    kernels = place_engine_layers(totals, told.get("Layers", ()), graph)
     fused = sum("mha" in kernel.name.lower() for kernel in kernels)
     return _Profile(source="TensorRT IProfiler", walls_ms=walls, kernels=kernels, graph=graph, fused=fused,
                     missing=missing)  # fmt: skip

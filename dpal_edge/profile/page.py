@@ -12,7 +12,7 @@ from typing import Any
 from dpal_edge.html import bars, page, table
 from dpal_edge.profile.page_blocks import show_layers, show_roofline
 from dpal_edge.profile.plots import COLOURS, Axis, Plot, axis, grid, stacked_bar
-from dpal_edge.profile.wording import as_count, as_decimal, as_ms, or_dash
+from dpal_edge.profile.wording import as_count, as_decimal, as_html, as_ms, or_dash
 
 _Report = Mapping[str, Any]
 
@@ -116,7 +116,7 @@ def _verdicts(report: _Report) -> list[str]:
     warnings = (report.get("telemetry") or {}).get("warnings") or ()
     of_clocks = any(v.get("kind") == "clocks" for v in report.get("verdicts") or ())
     told += [("mind", text) for text in warnings if not (of_clocks and text.startswith("clocks are not locked"))]
-    items = "".join(f'<li class="{kind}">{escape(text[:1].upper() + text[1:])}</li>' for kind, text in told)
+    items = "".join(f'<li class="{kind}">{as_html(text[:1].upper() + text[1:])}</li>' for kind, text in told)
     return [f"<ul class='verdicts'>{items}</ul>"] if items else []
 
 
@@ -148,7 +148,7 @@ def _times(measurements: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for m in measurements:
         cells = _cells(m)
-        name = f"{_what(m)}, {_form(m)}, {m['clock']}" + " !" * bool(m.get("flags"))
+        name = f"{_what(m).removeprefix('a call with ')}, {_form(m)}, {m['clock']}" + " !" * bool(m.get("flags"))
         rows.append([name, *(cells[key] for key in names)])
     return table(["", *names], rows)
 
@@ -200,8 +200,9 @@ def _distribution(m: Mapping[str, Any]) -> str:
             plot.mark(ms[key], f"{key} {as_ms(ms[key])}", COLOURS[1], row=row)
     for one in outliers.get("listed") or ():
         plot.dot(one["ms"], plot.y.high * 0.04, "var(--bad)", title=f"call {one['call']}: {as_ms(one['ms'])} ms")
-    if outliers.get("count"):
-        plot.names.append((f"{as_count(outliers['count'], 'outlier')}, up to {as_ms(ms['max'])} ms", "var(--bad)"))
+    if far := sorted(one["ms"] for one in outliers.get("listed") or ()):
+        ends = " to ".join(dict.fromkeys((as_ms(far[0]), as_ms(far[-1]))))
+        plot.names.append((f"{as_count(outliers['count'], 'outlier')}: {ends} ms", "var(--bad)"))
     return plot.render()
 
 
@@ -236,7 +237,7 @@ def _curves(report: _Report) -> list[str]:
         plots += [
             _curve(own[:_MOST_LINES], label, key, unit) for key, unit in (("p50", "ms"), ("each", "ms each")) if own
         ]
-    text = "The knee is the first size from which the next saves less than 10 % per person; dotted lines are p95."
+    text = "The knee is the first size from which the next saves less than 10 % per person; dotted is p95."
     return [f"<p class='soft'>{text}</p>", grid(plots)]
 
 
@@ -249,7 +250,11 @@ def _curve(curves: Sequence[Mapping[str, Any]], label: str, key: str, unit: str)
     plot = Plot(title, x, axis(tops, unit))
     for colour, curve in zip(COLOURS, curves, strict=False):
         plot.line([(p["x"], p[key]) for p in curve["points"]], colour, name=f"{_form(curve)}, {curve['clock']}")
-        if key == "p50" and (high := [(p["x"], p["p95"]) for p in curve["points"] if p.get("p95") is not None]):
+        if (
+            curve is curves[0]
+            and key == "p50"
+            and (high := [(p["x"], p["p95"]) for p in curve["points"] if p.get("p95") is not None])
+        ):
             plot.line(high, colour, dash="1 4")
     if (knee := curves[0].get("knee")) is not None:
         plot.mark(knee, f"knee: {knee:g}", COLOURS[0])
@@ -424,7 +429,8 @@ def _is_used(report: _Report, one: Mapping[str, Any]) -> bool:
 def _what(m: Mapping[str, Any]) -> str:
     if m["what"] == "call":
         return f"a call with {as_count(m['batch'], 'image')}"
-    people = f"{as_decimal(m['people'])} people" if m.get("people") is not None else ""
+    number = m.get("people")
+    people = "" if number is None else f"{as_decimal(number)} {'person' if number == 1 else 'people'}"
     cameras = f"{m['cameras']} cameras" if (m.get("cameras") or 1) > 1 else ""
     source = "" if m.get("placed") else m.get("source")
     return ", ".join(filter(None, ("a frame" if m["what"] == "pipeline" else m["what"], source, people, cameras)))
@@ -443,4 +449,4 @@ def _scaled(values: Sequence[float | None] | None, factor: float) -> list[float 
 
 
 def _interval(ends: Sequence[float] | None) -> str:
-    return f" [{as_ms(ends[0])}, {as_ms(ends[1])}]" if ends else ""
+    return f" ± {as_ms((ends[1] - ends[0]) / 2)}" if ends else ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpal_edge.html import table
 from dpal_edge.profile.plots import COLOURS, Plot, axis, grid, stacked_bar
-from dpal_edge.profile.wording import as_count, as_ms, as_percent, or_dash
+from dpal_edge.profile.wording import as_count, as_html, as_ms, as_percent, or_dash
 
 _BLOCK = re.compile(r"^(stage \d+ )?block \d+ ")
 
@@ -49,7 +49,7 @@ def show_roofline(report: Mapping[str, Any]) -> list[str]:
     if not roofline or not roofline.get("groups"):
         return []
     device, total = roofline.get("device"), roofline.get("total") or {}
-    advice = "".join(f"<li>{escape(text)}</li>" for text in roofline.get("advice") or ())
+    advice = "".join(f"<li>{as_html(text)}</li>" for text in roofline.get("advice") or ())
     shown = []
     if total.get("achieved_share"):
         shown.append(
@@ -96,14 +96,13 @@ def _roofline_table(groups: Sequence[Mapping[str, Any]]) -> str:
          or_dash(g["intensity"] and f"{g['intensity']:.0f}")]
         for g in groups
     ]  # fmt: skip
-    words = [
-        f"<tr><td>{escape(g['group'])}</td><td class='words'>{escape(g['next'])}</td></tr>"
-        for g in groups
-        if g.get("next")
-    ]
-    table_of_words = f"<div class='scroll'><table><tbody>{''.join(words)}</tbody></table></div>"
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        if group.get("next"):
+            reasons.setdefault(group["next"], []).append(group["group"])
+    words = "".join(f"<li>{as_html(text)}: {escape(', '.join(names))}</li>" for text, names in reasons.items())
     return f"<details open><summary>Each block</summary>{table(head, rows)}</details>" + (
-        f"<details><summary>What to try next at each block</summary>{table_of_words}</details>" if words else ""
+        f"<details><summary>What to try next at each block</summary><ul>{words}</ul></details>" if words else ""
     )
 
 
@@ -114,11 +113,14 @@ def _floors(roofline: Mapping[str, Any]) -> str:
     rows = [[f["device"], f"{f['floor_ms']:.3f}", f["bound"]] for f in floors]
     text = (
         "<b>Floors, not measurements.</b> What a Jetson's data sheet allows for the same call at best: weights read "
-        "once, products at the dense peak, nothing else. Real engines take several times as long, with one image most "
-        "of it for starting kernels. Only a profile on the device tells its time."
+        "once, products at the dense peak, nothing else. Real engines take longer, and starting their kernels is not "
+        "counted at all. Only a profile on the device tells its time."
     )
-    sources = "; ".join(dict.fromkeys(f["source"] for f in floors))
+    sources: dict[str, list[str]] = {}
+    for floor in floors:
+        sources.setdefault(floor["source"], []).append(floor["device"])
+    told = ". ".join(f"{', '.join(names)}: {source}" for source, names in sources.items())
     return (
         f"<details><summary>Floors for Jetson modules</summary><p>{text}</p>"
-        f"{table(['module', 'floor, ms', 'bound by'], rows)}<p class='soft'>{escape(sources)}.</p></details>"
+        f"{table(['module', 'floor, ms', 'bound by'], rows)}<p class='soft'>{escape(told)}.</p></details>"
     )

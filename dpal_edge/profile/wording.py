@@ -1,4 +1,7 @@
-"""How numbers are written for people; what is unknown is a dash."""
+"""How numbers and sentences are written for people; what is unknown is a dash."""
+
+import re
+from html import escape
 
 
 def as_count(number: int, one: str, many: str = "") -> str:
@@ -27,3 +30,8 @@ def as_percent(share: float | None) -> str:
 def or_dash(value: object) -> str:
     """Write what is known, or that it is not."""
     return "-" if value is None or value == "" else str(value)
+
+
+def as_html(text: str) -> str:
+    """Escape a sentence, and set what stands between backquotes as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
