@@ -17,7 +17,7 @@ SCHEMA = 1
 STAGES = ("video", "detect", "crop", "model", "decode", "track", "draw", "age")
 _MOST_POINTS = 600  # of a series over time
 _FIRST_S = 60.0  # of a sustained run, against as much at its end
-_BUSY = 0.1  # share of the CPU that others may take without a flag
+_BUSY = {0.5: "half", 0.25: "a quarter", 0.1: "a tenth"}  # of the CPU: more of it for others is a flag
 _NOTABLE = 0.1  # by which another form must be faster to be worth a sentence
 
 
@@ -220,7 +220,7 @@ def _people(measured: Measured) -> float | None:
 
 def _flags(summary: Summary, measured: Measured, telemetry: Telemetry) -> list[str]:
     others = others_share(measured, telemetry.samples)
-    busy = [f"other programs took {10 * round(10 * others)} % of the CPU"] if others > _BUSY else []
+    busy = [f"other programs took more than {share} of the CPU" for least, share in _BUSY.items() if others > least][:1]
     unknown = [] if telemetry.clocks else ["clocks are unknown"]
     return [*summary.doubts(), *busy, *unknown, *telemetry.warnings_between(measured.start_s, measured.end_s)]
 

@@ -23,7 +23,7 @@ from dpal_edge.runtime.model import Model
 from dpal_edge.runtime.pipeline import Pipeline
 
 USED = Effort()  # for what ``dpal-edge run`` uses
-OTHERS = Effort(least_calls=20, usual_s=1.0, most_s=5.0)
+OTHERS = Effort(least_calls=25, usual_s=1.0, most_s=5.0)
 TURNS = Effort(least_calls=20, usual_s=6.0, most_s=30.0)  # of all heads
 ON_SOURCE = Effort(usual_s=10.0, most_s=30.0, precision=0.0)  # people come and go: no early end
 

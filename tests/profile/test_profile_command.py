@@ -14,18 +14,22 @@ from boards import orin_nx, write
 from click.testing import CliRunner
 
 from dpal_edge.cli import main
-from dpal_edge.errors import BackendUnavailable, ConfigError
+from dpal_edge.errors import BackendUnavailable, ConfigError, DataError
+from dpal_edge.files import sha256_of
 from dpal_edge.manifest import HeadSpec, Manifest
 from dpal_edge.profile import command
 from dpal_edge.profile.command import Options, exit_code, parse_budget, parse_people
+from dpal_edge.profile.footage import Footage, PlacedPeople
 from dpal_edge.profile.forms import find_forms
 from dpal_edge.profile.sampler import Effort
 from dpal_edge.profile.telemetry import Telemetry
+from dpal_edge.runtime.boxes import iou
+from dpal_edge.runtime.installed import Choice, write_record
 from tests.runtime.tiny_bundle import write_bundle, write_detector_bundle, write_heads_bundle
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
-pytest.importorskip("cv2")
+cv2 = pytest.importorskip("cv2")
 
 QUICK = Effort(least_calls=3, least_s=0.0, usual_s=0.05, most_s=0.2)
 EMBEDDING = HeadSpec(name="embedding", task="embedding", shape=(5,))
@@ -264,3 +268,52 @@ def test_import_leaves_torch_and_engines_unloaded():
     heavy = "{'torch', 'onnxruntime', 'openvino', 'tensorrt', 'cv2', 'onnx'}"
     code = f"import sys, dpal_edge.profile.command; print(*sys.modules.keys() & {heavy})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+
+
+def test_what_install_chose_comes_first(bundle, tmp_path):
+    manifest = Manifest.read(bundle)
+    write_record(bundle, Choice(target="onnx", engine="openvino", precision=None, file=None, sha256=""), {})
+    forms, _ = find_forms(bundle, manifest, ())
+    assert (forms[0].engine, forms[0].computes) == ("openvino", None)
+    assert find_forms(bundle, manifest, ("onnxruntime", "openvino"))[0][0].engine == "onnxruntime"
+    engine = tmp_path / "model.engine"
+    engine.write_bytes(b"built here")
+    built = replace(manifest, artifacts=(*manifest.artifacts, replace(manifest.artifacts[0], target="trt-fp16")))
+    choice = Choice(target="trt-fp16", engine="tensorrt", precision=None, file=str(engine), sha256=sha256_of(engine))
+    write_record(bundle, choice, {})
+    forms, skipped = find_forms(bundle, built, ())
+    assert (forms[0].path, forms[0].graph, skipped) == (engine, bundle / "model.onnx", [])
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 50])
+def test_placed_people_lie_in_the_frame_and_apart(count):
+    seen = []
+
+    def detector(frame):
+        seen.append(frame.shape)
+
+    found = PlacedPeople(detector, count)(np.zeros((432, 768, 3), np.uint8))
+    assert seen == [(432, 768, 3)]
+    assert len(found.scores) == count
+    left, top, right, bottom = found.boxes.T
+    assert min(left.min(), top.min()) >= 0
+    assert right.max() <= 768
+    assert bottom.max() <= 432
+    assert np.allclose(bottom - top, 2 * (right - left))
+    assert not np.triu(iou(found.boxes, found.boxes), 1).any()
+
+
+def test_footage_begins_anew_where_it_ends(tmp_path):
+    for name in "ab":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((8, 8, 3), ord(name), np.uint8))
+    footage = Footage([str(tmp_path)])
+    taken = [footage.next() for _ in range(5)]
+    footage.close()
+    assert [frames[tmp_path.name].image[0, 0, 0] for frames, _ in taken] == [ord(name) for name in "ababa"]
+    assert [lost > 0 for _, lost in taken] == [False, False, True, False, True]
+
+
+def test_footage_without_a_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="no picture in it can be decoded"):
+        Footage([str(tmp_path)]).next()
