@@ -2,7 +2,7 @@
 
     python bench/profile_agreement.py BUNDLE [--rounds 9] [--out bench/results/profile_agreement.json]
 
-BUNDLE has ``onnx`` and ``openvino-int8``. Every round takes the same call by all ways, one after the other and each round
+BUNDLE has ``onnx`` and ``openvino-int8``. Every round takes the same call by all ways, one after the other, each round
 with another first; what is compared is the median over rounds of the ratio within a round. A round in which other
 programs took more than a tenth of the CPU compares nothing: it is counted and taken again. The ways:
 

@@ -24,6 +24,7 @@ class Change:
     after_ms: float
     percent: float  # above 0 where it became slower
     significant: bool
+    flags: tuple[str, ...]  # that only one of the two numbers bears, such as that other programs ran
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Comparison:
         lines = [f"note: {note}" for note in self.notes]
         for c in sorted(moved, key=lambda change: -change.percent):
             word = "slower" if c.percent > 0 else "faster"
-            lines.append(f"{word} {c.percent:+7.1f} %  {c.before_ms:9.3f} -> {c.after_ms:9.3f} ms  {c.name}")
+            marks = f" [{'; '.join(c.flags)}]" * bool(c.flags)
+            lines.append(f"{word} {c.percent:+7.1f} %  {c.before_ms:9.3f} -> {c.after_ms:9.3f} ms  {c.name}{marks}")
         slower, faster = len(self.regressions), len(moved) - len(self.regressions)
         found = f"{slower} slower and {faster} faster by more than {self.threshold:g} % and not by chance"
         return "\n".join([*lines, f"{'REGRESSION' if slower else 'ok'}: {len(self.changes)} compared, {found}"])
@@ -91,9 +93,9 @@ def compare(before: Path, after: Path, *, threshold: float) -> Comparison:
     for key in both:
         was, now = (measured[key]["ms"]["p50"] for measured in (first, second))
         percent = round(100 * (now / was - 1), 2)
-        changes.append(
-            Change(name=names[key], before_ms=was, after_ms=now, percent=percent, significant=names[key] in tested)
-        )
+        flags = tuple(sorted({*first[key]["flags"]} ^ {*second[key]["flags"]}))
+        changes.append(Change(name=names[key], before_ms=was, after_ms=now, percent=percent, flags=flags,
+                              significant=names[key] in tested))  # fmt: skip
     return Comparison(changes=tuple(changes), threshold=threshold, notes=_notes(old, new, first, second))
 
 

@@ -19,7 +19,8 @@ def measurement(ms, *, batch=1, clock="host", seed=0):
         "computes": None,
     }
     return {**form, "what": "call", "source": None, "placed": False, "runner": "onnxruntime 1.0 cpu", "batch": batch,
-            "people": batch, "cameras": None, "clock": clock, "ms": Summary.of(ms * noise).to_dict()}  # fmt: skip
+            "people": batch, "cameras": None, "clock": clock, "flags": [],
+            "ms": Summary.of(ms * noise).to_dict()}  # fmt: skip
 
 
 def report(*measurements, **machine):
@@ -69,6 +70,15 @@ def test_a_regression_is_found_among_many_and_named(write):
     assert lines[1].startswith("faster")
     assert lines[2] == "REGRESSION: 30 compared, 1 slower and 1 faster by more than 5 % and not by chance"
     assert comparison.to_dict()["regressions"] == [regression.name]
+
+
+def test_flags_that_only_one_number_bears_are_shown(write):
+    before, after = many(), many(1.5, seed=100)
+    before[0]["flags"] = ["clocks are unknown"]
+    after[0]["flags"] = ["clocks are unknown", "other programs took more than half of the CPU"]
+    text = compare(write("a", report(*before)), write("b", report(*after)), threshold=5.0).as_text()
+    assert "call onnx onnxruntime 1 people host [other programs took more than half of the CPU]" in text
+    assert "clocks" not in text
 
 
 def test_what_is_below_the_threshold_is_none(write):
