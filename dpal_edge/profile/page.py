@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from dpal_edge.html import bars, page, table
-from dpal_edge.profile.page_blocks import show_layers, show_roofline
+from dpal_edge.profile.page_blocks import conditions, show_layers, show_roofline
 from dpal_edge.profile.plots import COLOURS, Axis, Plot, axis, grid, stacked_bar
 from dpal_edge.profile.wording import as_count, as_decimal, as_html, as_ms, or_dash
 
@@ -102,9 +102,9 @@ def _numbers(report: _Report) -> Iterable[tuple[str, str, object]]:
             break
     energy = (report.get("telemetry") or {}).get("per_frame") or {}
     for meter, joules in itertools.islice(energy.items(), 1):
-        yield f"{1e3 * joules:.3g} mJ", f"per frame, {meter}", False
+        yield f"{1e3 * joules:.3g} mJ", f"per frame, {meter}", conditions(report)
     if heads := report.get("heads"):
-        yield f"{heads['saving']:.0%}", f"saved by one backbone for {len(heads['heads'])} heads", False
+        yield f"{heads['saving']:.0%}", f"saved by one backbone for {len(heads['heads'])} heads", heads.get("flags")
 
 
 def _verdicts(report: _Report) -> list[str]:
@@ -191,7 +191,7 @@ def _distribution(m: Mapping[str, Any]) -> str:
     for value in inside:
         counts[min(int((value - x.low) / width), _BINS - 1)] += 1
     shares = [100 * count / len(inside) for count in counts]
-    plot = Plot(f"{m['clock']}: {_what(m)}", x, axis(shares, "% of calls"))
+    plot = Plot(f"{m['clock']}{' !' * bool(m.get('flags'))}: {_what(m)}", x, axis(shares, "% of calls"))
     for i, share in enumerate(shares):
         if share:
             plot.box(x.low + i * width, x.low + (i + 1) * width, 0, share, COLOURS[0], opacity=0.75)
@@ -222,6 +222,7 @@ def _stages(report: _Report) -> list[str]:
         f"<p class='soft'>Medians on {escape(source)}.</p>",
         stacked_bar([(s["name"], s["ms"]["p50"], f"{as_ms(s['ms']['p50'])} ms") for s in own]),
         table(["stage", "p50", "p95", "max", "share"], rows),
+        _doubts([stages]),
     ]
 
 
@@ -237,8 +238,12 @@ def _curves(report: _Report) -> list[str]:
         plots += [
             _curve(own[:_MOST_LINES], label, key, unit) for key, unit in (("p50", "ms"), ("each", "ms each")) if own
         ]
-    text = "The knee is the first size from which the next saves less than 10 % per person; dotted is p95."
-    return [f"<p class='soft'>{text}</p>", grid(plots)]
+    text = (
+        "The knee is the first size from which the next saves less than 10 % per person. Dotted is p95; red points are "
+        "more in doubt than the others."
+    )
+    points = [point for curve in curves for point in curve["points"]]
+    return [f"<p class='soft'>{text}</p>", grid(plots), _doubts(points)]
 
 
 def _curve(curves: Sequence[Mapping[str, Any]], label: str, key: str, unit: str) -> str:
@@ -248,8 +253,12 @@ def _curve(curves: Sequence[Mapping[str, Any]], label: str, key: str, unit: str)
     sizes = sorted({point["x"] for point in points})
     x = Axis(sizes[0], max(sizes[-1], sizes[0] + 1), label, at=sizes)
     plot = Plot(title, x, axis(tops, unit))
+    common = set.intersection(*(set(point.get("flags") or ()) for point in points))
     for colour, curve in zip(COLOURS, curves, strict=False):
         plot.line([(p["x"], p[key]) for p in curve["points"]], colour, name=f"{_form(curve)}, {curve['clock']}")
+        for point in curve["points"]:
+            if own := [flag for flag in point.get("flags") or () if flag not in common]:
+                plot.dot(point["x"], point[key], "var(--bad)", title="; ".join(own))
         if (
             curve is curves[0]
             and key == "p50"
@@ -284,6 +293,7 @@ def _heads(report: _Report) -> list[str]:
         f"<p>{escape(text)}</p>",
         bars([(h["name"], max(h["marginal_ms"], 0.0), f"{as_ms(h['marginal_ms'])} ms") for h in shown], accent=""),
         table(["head", "costs, ms", "share", "alone, ms"], rows),
+        _doubts([heads]),
         f"<p class='soft'>{escape(heads['note'])}</p>" if heads.get("note") else "",
     ]
 

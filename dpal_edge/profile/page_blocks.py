@@ -15,6 +15,7 @@ _BLOCK = re.compile(r"^(stage \d+ )?block \d+ ")
 def show_layers(report: Mapping[str, Any]) -> list[str]:
     """Return where the time of calls goes, by block, for each artifact that was looked into."""
     shown: list[str] = []
+    doubt = conditions(report)
     for name, entry in (report.get("layers") or {}).items():
         if not entry.get("groups"):
             continue
@@ -32,7 +33,16 @@ def show_layers(report: Mapping[str, Any]) -> list[str]:
         if attention := entry.get("attention"):
             text += f" {attention['fused']} of {attention['blocks']} attentions are one kernel."
         shown += [f"<p>{escape(text)}</p>", stacked_bar(parts), _kernels(entry)]
-    return shown
+    return [*shown, f"<p class='warn'>! {escape(doubt)}</p>"] if shown and doubt else shown
+
+
+def conditions(report: Mapping[str, Any]) -> str:
+    """Return what casts doubt on all numbers of a run: clocks that could move, throttling; "" where none is."""
+    state = (report.get("machine") or {}).get("clock_state")
+    share = ((report.get("telemetry") or {}).get("throttled") or {}).get("any")
+    doubts = [f"clocks were {state}" if state and state != "locked" else ""]
+    doubts.append(f"the device throttled {share:.0%} of the time" if share else "")
+    return "; ".join(filter(None, doubts))
 
 
 def _kernels(entry: Mapping[str, Any]) -> str:
