@@ -110,7 +110,7 @@ def profile(
 ) -> dict[str, Any]:
     """Measure ``bundle``, write ``report.json`` and ``report.html`` into the folder ``out``, and return the report.
 
-    Ctrl-C, and a device that becomes too hot, end the measuring; the report then holds what came before.
+    Ctrl-C, a device that becomes too hot, and errors end the measuring; the report then holds what came before.
 
     Args:
         bundle: folder written by ``dpal-edge export``, or a manifest.
@@ -137,18 +137,25 @@ def profile(
         advance = stack.enter_context(progress(_count_steps(manifest, len(forms), options)))
         run = _Run(bundle, manifest, forms, options, Session(telemetry, options.max_celsius, advance))
         run.session.skipped += skipped
-        interrupted = None
+        interrupted, failure = None, None
         try:
             run.measure()
         except KeyboardInterrupt:
             interrupted = INTERRUPTED
         except CutOff as cut:
             interrupted = str(cut)
+        except Exception as error:
+            if not run.session.measured:
+                raise
+            failure, interrupted = error, f"stopped by an error: {' '.join(str(error).split())}"
         with undisturbed():  # a second Ctrl-C must not cost the report
             telemetry.sample()
             report = run.report(interrupted)
             write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
             write_text(out / "report.html", render_page(report))
+    if failure is not None:
+        say(f"what was measured before the error is in {out}")
+        raise failure
     return report
 
 
@@ -227,8 +234,8 @@ class _Run:
             "clocks": describe_clocks(session),
             "measurements": measurements,
             "curves": build_curves(measurements),
-            "heads": describe_heads(session.find("heads"), self._manifest.heads),
-            "stages": describe_stages(session.find("pipeline")),
+            "heads": describe_heads(session.find("heads"), self._manifest.heads, session.telemetry),
+            "stages": describe_stages(session.find("pipeline"), session.telemetry),
             "sustained": describe_sustained(session.find("sustained")),
             "telemetry": describe_telemetry(session),
             "layers": self._layers,

@@ -44,6 +44,7 @@ def _curve(x: str, clock: str, measurements: Sequence[Mapping[str, Any]]) -> dic
             "p50_ci95": measurement["ms"]["p50_ci95"],
             "p95": measurement["ms"]["p95"],
             "each": round(measurement["ms"]["p50"] / measurement[x], 4),
+            "flags": measurement["flags"],
         }
         for measurement in ordered
     ]

@@ -45,7 +45,7 @@ def describe_measurements(session: Session) -> list[dict[str, Any]]:
     ]
 
 
-def describe_stages(measured: Measured | None) -> dict[str, Any] | None:
+def describe_stages(measured: Measured | None, telemetry: Telemetry) -> dict[str, Any] | None:
     """Return ``report["stages"]``: where the time of the pipeline on its source went."""
     if measured is None:
         return None
@@ -60,10 +60,11 @@ def describe_stages(measured: Measured | None) -> dict[str, Any] | None:
             {"name": name, "ms": Summary.of(timings[key], warm=True).to_dict()}
             for name, key in sorted(named, key=lambda pair: (*STAGES[:-1], "total", "age").index(pair[0]))
         ],
+        "flags": _flags(Summary.of(timings["glass"], warm=True), measured, telemetry),
     }
 
 
-def describe_heads(measured: Measured | None, heads: Sequence[HeadSpec]) -> dict[str, Any] | None:
+def describe_heads(measured: Measured | None, heads: Sequence[HeadSpec], telemetry: Telemetry) -> dict[str, Any] | None:
     """Return ``report["heads"]``."""
     if measured is None:
         return None
@@ -94,6 +95,7 @@ def describe_heads(measured: Measured | None, heads: Sequence[HeadSpec]) -> dict
         "heads": told,
         "separate_ms": round(separate, 4),
         "saving": round(1 - whole.p50 / separate, 4),
+        "flags": _flags(whole, measured, telemetry),
     }
 
 

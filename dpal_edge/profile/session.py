@@ -131,6 +131,7 @@ class Session:
     def measure_calls(self, form: Form, manifest: Manifest, images: NDArray[np.uint8], batches: Sequence[int],
                       effort: Effort) -> None:  # fmt: skip
         """Time calls of a form with each number of images; a form that cannot run here is noted in ``skipped``."""
+        before = len(self.measured)
         try:
             backend = form.open()
             told = backend.device_clock if isinstance(backend, DeviceClock) else "no clock of its own: the host's alone"
@@ -144,6 +145,7 @@ class Session:
             told = " ".join(str(error).split())
             self.skipped.append({"target": form.target, "artifact": form.artifact, "engine": form.engine,
                                  "reason": told})  # fmt: skip
+            self._advance(before + len(batches) - len(self.measured))
 
     def measure_heads(self, form: Form, manifest: Manifest, images: NDArray[np.uint8]) -> None:
         """Time a form with all heads, with all but each, and with each alone, in turns."""

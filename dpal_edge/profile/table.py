@@ -14,16 +14,17 @@ def as_text(report: Mapping[str, Any], out: Path) -> str:
     """Return the report as tables and sentences; ``out`` is the folder that the whole of it was written to."""
     machine, bundle, used = report["machine"], report["bundle"], report["bundle"]["used"]
     mode = f", power mode {machine['power_mode']}" if machine["power_mode"] else ""
-    marks = _letters(report["measurements"])
+    held = [*report["measurements"], *(part for part in (report["stages"], report["heads"]) if part)]
+    marks = _letters(held)
     parts = [
         f"{bundle['name']} on {machine['model'] or machine['cpu']}, {machine['cores']} cores{mode}, clocks "
         f"{machine['clock_state']}; run uses {_form(used)}",
         _pipelines([m for m in report["measurements"] if m["clock"] == "glass"], marks),
-        _stages(report["stages"]),
+        _stages(report["stages"], marks),
         _calls([m for m in report["measurements"] if m["what"] == "call"], marks),
         "\n".join(f"[{letter}] {flag}" for flag, letter in marks.items()),
-        "\n".join(_curve(curve) for curve in report["curves"] if curve["clock"] != "device"),
-        _heads(report["heads"]),
+        "\n".join(_curve(curve, marks) for curve in report["curves"] if curve["clock"] != "device"),
+        _heads(report["heads"], marks),
         _energy(report["telemetry"]),
         "\n".join(
             [
@@ -42,7 +43,7 @@ def _pipelines(measurements: Sequence[Mapping[str, Any]], marks: Mapping[str, st
     for m in measurements:
         known = m["people"] is not None and not m["placed"]
         told = f"{m['source']}, {m['people']:.1f} people" if known else f"{m['source']}: {m['people']}"
-        rows.append([f"{m['what']}, {told}", *_numbers(m["ms"]), _marks(m, marks)])
+        rows.append([f"{m['what']}, {told}", *_numbers(m["ms"]), _marks([m], marks)])
     return _table(["ms from frame to drawn people (glass)", *_NUMBERS], rows)
 
 
@@ -54,25 +55,26 @@ def _calls(measurements: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) 
         if m["clock"] == "device":
             row[0] = _ms(m["ms"]["p50"])
         else:
-            row += [*_numbers(m["ms"]), _marks(m, marks)]
+            row += [*_numbers(m["ms"]), _marks([m], marks)]
     table = [[name, *cells] for name, cells in rows.items()]
     return _table(["ms of a call, images", "device p50", *(f"host {_NUMBERS[0]}", *_NUMBERS[1:])], table)
 
 
-def _stages(stages: Mapping[str, Any] | None) -> str:
+def _stages(stages: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     if stages is None:
         return ""
     told = ", ".join(f"{stage['name']} {_ms(stage['ms']['p50'])}" for stage in stages["stages"])
-    return f"median ms of {stages['frames']} frames of {stages['source']}: {told}"
+    return f"median ms of {stages['frames']} frames of {stages['source']}: {told} {_marks([stages], marks)}"
 
 
-def _curve(curve: Mapping[str, Any]) -> str:
+def _curve(curve: Mapping[str, Any], marks: Mapping[str, str]) -> str:
     each = ", ".join(f"{point['x']}: {_ms(point['each'])}" for point in curve["points"])
     knee = "no knee" if curve["knee"] is None else f"knee at {curve['knee']}"
-    return f"ms per {_EACH[curve['x']]}, {_form(curve)} ({curve['clock']}) of {each}; {knee}"
+    of, letters = f"{_EACH[curve['x']]}, {_form(curve)} ({curve['clock']})", _marks(curve["points"], marks)
+    return f"ms per {of} of {each}; {knee} {letters}"
 
 
-def _heads(heads: Mapping[str, Any] | None) -> str:
+def _heads(heads: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     if heads is None:
         return ""
     rows = [
@@ -89,7 +91,7 @@ def _heads(heads: Mapping[str, Any] | None) -> str:
     return (
         f"{_table([title, 'costs ms', '+-', 'share', 'backbone and it alone'], rows)}\n"
         f"all on one backbone {_ms(heads['all']['p50'])} ms, a network for each {_ms(heads['separate_ms'])} ms: "
-        f"{100 * heads['saving']:.0f} % saved"
+        f"{100 * heads['saving']:.0f} % saved {_marks([heads], marks)}"
     )
 
 
@@ -112,8 +114,10 @@ def _letters(measurements: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {flag: ascii_lowercase[i] if i < len(ascii_lowercase) else f"{i}" for i, flag in enumerate(flags)}
 
 
-def _marks(measurement: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-    return "".join(marks[flag] for flag in measurement["flags"])
+def _marks(numbers: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) -> str:
+    """Return the marks that any of some numbers bears."""
+    borne = "".join(letter for flag, letter in marks.items() if any(flag in number["flags"] for number in numbers))
+    return f"[{borne}]" if borne else ""
 
 
 def _numbers(ms: Mapping[str, Any]) -> list[str]:

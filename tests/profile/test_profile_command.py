@@ -14,7 +14,7 @@ from boards import orin_nx, write
 from click.testing import CliRunner
 
 from dpal_edge.cli import main
-from dpal_edge.errors import BackendUnavailable, ConfigError, DataError
+from dpal_edge.errors import BackendUnavailable, ConfigError, DataError, ModelFileError
 from dpal_edge.files import sha256_of
 from dpal_edge.manifest import HeadSpec, Manifest
 from dpal_edge.profile import command
@@ -127,6 +127,22 @@ def test_ctrl_c_leaves_a_report(bundle, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["batch"] for m in report["measurements"] if m["what"] == "call"] == [1, 2]
     assert (report["heads"], report["roofline"], report["layers"]) == (None, None, {})
+
+
+def test_an_error_in_the_end_costs_nothing_that_was_measured(bundle, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ModelFileError("model.onnx: no layers; export it again")
+
+    monkeypatch.setattr(command, "profile_layers", fail)
+    done = run(bundle, "--out", tmp_path / "out", "--people", "1", "--backend", "onnxruntime")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        f"what was measured before the error is in {tmp_path / 'out'}",
+        "Error: model.onnx: no layers; export it again",
+    ]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["interrupted"] == "stopped by an error: model.onnx: no layers; export it again"
+    assert any(m["what"] == "call" for m in report["measurements"])
 
 
 def test_ctrl_c_before_anything_was_measured(bundle, tmp_path, monkeypatch):

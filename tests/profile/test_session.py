@@ -204,7 +204,7 @@ def test_heads_by_what_is_left_out(tmp_path, clock):
     engine = form(FakeEngine(clock, lambda count, heads: 3 + heads + 0.05 * rng.normal()))
     with session_on(agx_orin(tmp_path), clock) as session:
         session.measure_heads(engine, MANIFEST, IMAGES)
-        told = describe_heads(session.find("heads"), HEADS)
+        told = describe_heads(session.find("heads"), HEADS, session.telemetry)
         assert describe_measurements(session) == []
     assert told["all"]["p50"] == pytest.approx(5, rel=0.01)
     for head in told["heads"]:
