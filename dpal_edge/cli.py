@@ -297,6 +297,74 @@ def install(bundle: Path, backend: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write: report.json and report.html.")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="S",
+    envvar="DPAL_EDGE_SOURCE",
+    help="As for run: your camera or video, once or several times; by default a clip that comes with dpal-edge.",
+)
+@click.option("--people", default="1,2,4,8,16", show_default=True, metavar="N,N...", help="Numbers of people to try.")
+@click.option(
+    "--backend", "backends", multiple=True, metavar="NAME", help="Engine to try; by default all that run here."
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), metavar="M", help="Run so long, to see the heat."
+)
+@click.option("--budget", metavar="TIME", help="That p95 of a frame may take, such as 33ms; exit 2 if it takes more.")
+@click.option("--lock-clocks", is_flag=True, help="Hold clocks at their highest meanwhile; needs root.")
+@click.option(
+    "--max-celsius",
+    default=95.0,
+    show_default=True,
+    metavar="C",
+    help="Stop if a sensor becomes as hot as that; exit 2.",
+)
+@click.option(
+    "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Compare two reports instead; no BUNDLE."
+)
+@click.option(
+    "--threshold", default=5.0, show_default=True, metavar="PERCENT", help="Of --compare: slower by more is exit 2."
+)
+@_json_option
+def profile(
+    bundle: Path | None,
+    out: Path | None,
+    people: str,
+    budget: str | None,
+    compare: tuple[Path, Path] | None,
+    threshold: float,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure what BUNDLE costs on this device: latency by three clocks, power, heat; or compare two reports."""
+    if compare is not None:
+        if bundle is not None:
+            raise ConfigError(f"{bundle} came with --compare, expected the two reports alone")
+        from dpal_edge.profile import comparison  # only this command pays for it
+
+        changes = comparison.compare(*compare, threshold=threshold)
+        click.echo(json.dumps(changes.to_dict(), indent=2) if as_json else changes.as_text())
+        sys.exit(2 if changes.regressions else 0)
+    if bundle is None or out is None:
+        raise ConfigError("profile needs a BUNDLE and --out FOLDER, or --compare with two reports")
+    from dpal_edge.profile import command, table  # only this command pays for them
+
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what ends a session of ssh or a container keeps what was measured
+        signal.signal(number, signal.default_int_handler)
+    asked = command.Options(
+        people=command.parse_people(people), budget_ms=command.parse_budget(budget) if budget else None, **options
+    )
+    report = command.profile(bundle, out, asked, say=_say, progress=_progress)
+    click.echo(json.dumps(report, indent=2) if as_json else table.as_text(report, out))
+    sys.exit(command.exit_code(report))
+
+
+@main.command()
 @_json_option
 def doctor(as_json: bool) -> None:
     """Report what can run on this machine, what cannot, and how to mend it."""

@@ -12,10 +12,10 @@ _ROUND = 'stroke-linecap="round" stroke-linejoin="round"'
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee4; --paper: #fff; --card: #f5f7f9;
-        --accent: #0b6bcb; --second: #c2410c; --good: #15803d; }
+        --accent: #0b6bcb; --second: #c2410c; --good: #15803d; --bad: #b91c1c; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8ebee; --soft: #9aa5b1; --line: #333b44; --paper: #14181c; --card: #1c2228;
-          --accent: #5aa9f8; --second: #fb923c; --good: #4ade80; } }
+          --accent: #5aa9f8; --second: #fb923c; --good: #4ade80; --bad: #f87171; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; font: 16px/1.55 system-ui, sans-serif;
        color: var(--ink); background: var(--paper); }
@@ -56,28 +56,28 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def line_chart(title: str, xs: Sequence[float], ys: Sequence[float], *, x_label: str) -> str:
     """Return an SVG line chart of finite ``ys`` over ascending ``xs``, from zero, with the last value written out."""
-    return lines_chart(title, {f"{_short(ys[0])} to {_short(ys[-1])}": (xs, ys)}, x_label=x_label)
+    return lines_chart(title, {f"{short(ys[0])} to {short(ys[-1])}": (xs, ys)}, x_label=x_label)
 
 
 def lines_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str) -> str:
     """Return an SVG chart of one to four lines, name -> (ascending xs, finite ys); it includes zero."""
     width, height, left, right, top, bottom = 340, 200, 44, 12, 30, 34
     everything = [y for _, ys in series.values() for y in ys]
-    ticks = _ticks(max(*everything, 0.0), min(*everything, 0.0))
+    grid = ticks(max(*everything, 0.0), min(*everything, 0.0))
     low = min(xs[0] for xs, _ in series.values())
     high = max(low + 1, *(xs[-1] for xs, _ in series.values()))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
             left + (x - low) / (high - low) * (width - left - right),
-            height - bottom - (y - ticks[0]) / (ticks[-1] - ticks[0]) * (height - top - bottom),
+            height - bottom - (y - grid[0]) / (grid[-1] - grid[0]) * (height - top - bottom),
         )
 
     parts = [f'<text x="0" y="14" style="fill:var(--ink);font-weight:600">{escape(title)}</text>']
-    for tick in ticks:
+    for tick in grid:
         y = at(low, tick)[1]
         parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for x, anchor in ((low, "start"), (high, "end")):
         parts.append(f'<text x="{at(x, 0)[0]:.1f}" y="{height - bottom + 16}" text-anchor="{anchor}">{x:g}</text>')
     middle = (left + width - right) / 2
@@ -127,7 +127,7 @@ def _data(content: bytes, suffix: str) -> str:
     return f"data:{_MIME[suffix]};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _ticks(highest: float, lowest: float = 0.0) -> list[float]:
+def ticks(highest: float, lowest: float = 0.0) -> list[float]:
     """Return two to seven round values, 0 among them, from at most ``lowest`` <= 0 to at least ``highest`` >= 0."""
     if highest == lowest:
         highest = 1.0
@@ -138,7 +138,7 @@ def _ticks(highest: float, lowest: float = 0.0) -> list[float]:
     return [float(f"{step * i:.10g}") for i in range(first, last + 1)]
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Write a number in three digits and few characters: 0.00025 as 2.5e-4."""
     if number and abs(number) < 0.01:
         mantissa, exponent = f"{number:.2e}".split("e")

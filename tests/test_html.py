@@ -83,7 +83,7 @@ def test_line_of_zeros_and_a_single_point():
     ],
 )
 def test_ticks_are_round_and_reach_lowest_and_highest(lowest, highest, expected):
-    assert html._ticks(highest, lowest) == expected
+    assert html.ticks(highest, lowest) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_ticks_are_round_and_reach_lowest_and_highest(lowest, highest, expected)
     [(0.00025, "2.5e-4"), (-0.0003, "-3e-4"), (0.0, "0"), (0.0123, "0.0123"), (812.34, "812"), (12000, "12000")],
 )
 def test_short_numbers(number, text):
-    assert html._short(number) == text
+    assert html.short(number) == text
 
 
 def test_bars_are_proportional():

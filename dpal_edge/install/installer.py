@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from dpal_edge.errors import BackendUnavailable, DpalEdgeError, ModelFileError
 from dpal_edge.install.engines import BindingsBuilder, Builder, obtain_engine
 from dpal_edge.install.trtexec import TrtExec
 from dpal_edge.manifest import Artifact, Latency, Manifest
-from dpal_edge.runtime.backend import ENGINES, Backend, open_backend, time_in_turns
+from dpal_edge.runtime.backend import ENGINES, Backend, open_backend, time_in_turns, ways_to_run
 from dpal_edge.runtime.cuda import Cuda
-from dpal_edge.runtime.device import cpu_features
 from dpal_edge.runtime.installed import Choice, write_record
 from dpal_edge.runtime.model import Model, Outputs, largest_errors, read_goldens, worst_head
 from dpal_edge.runtime.tensorrt import SILENTLY_WRONG, BuildOptions
@@ -130,12 +128,8 @@ def _engines(artifact: Artifact) -> Iterator[tuple[str, str | None]]:
     """Yield the engines that may run an artifact on a device, and the precisions that each may be told."""
     if artifact.target in _BUILT:
         yield "tensorrt", None
-        return
-    readers = ENGINES.get(Path(artifact.file.file).suffix, ())
-    for name in tuple(name for name in readers if find_spec(name)) or readers[:1]:
-        yield name, None
-        if name == "openvino" and cpu_features().fast_bf16:
-            yield name, "bf16"
+    else:
+        yield from ways_to_run(Path(artifact.file.file))
 
 
 class _Installer:

@@ -107,13 +107,14 @@ def metered_j(
     return None if window is None else float(window[1][-1] - window[1][0])
 
 
-def throttling(samples: Sequence[Sample]) -> dict[str, float]:
+def throttling(samples: Sequence[Sample], among: Sequence[Sample] = ()) -> dict[str, float]:
     """Return the share of samples, above 0 to 1, in which the device slowed itself down, by reason.
 
     "any" is the share in which there was a reason at all; empty where there never was. Besides the reasons that the
-    device gives, a GPU that is at least 90 % busy below 90 % of the highest clock in ``samples`` counts.
+    device gives, a GPU that is at least 90 % busy below 90 % of its highest clock counts: the highest in ``samples``,
+    or in ``among``, of which they may be a part.
     """
-    highest = max((mhz for sample in samples for mhz in sample.gpu_mhz), default=0.0)
+    highest = max((mhz for sample in (*samples, *among) for mhz in sample.gpu_mhz), default=0.0)
     counts: dict[str, int] = {}
     for sample in samples:
         reasons = {*sample.throttled, *(["GPU clock drop"] if _held_down(sample, highest) else [])}
@@ -122,10 +123,10 @@ def throttling(samples: Sequence[Sample]) -> dict[str, float]:
     return {reason: count / len(samples) for reason, count in counts.items()}
 
 
-def warnings(samples: Sequence[Sample]) -> list[str]:
-    """Return a sentence for all that makes numbers taken during ``samples`` doubtful."""
+def warnings(samples: Sequence[Sample], among: Sequence[Sample] = ()) -> list[str]:
+    """Return a sentence for all that makes numbers taken during ``samples``, a part of ``among``, doubtful."""
     sentences = []
-    shares = throttling(samples)
+    shares = throttling(samples, among)
     if share := shares.pop("any", None):
         reasons = ", ".join(f"{reason} {100 * part:.0f} %" for reason, part in shares.items())
         sentences.append(f"throttled {100 * share:.0f} % of the time: {reasons}")

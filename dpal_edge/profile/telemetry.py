@@ -7,6 +7,7 @@ add is the load of the memory. Recordings of it are for :mod:`dpal_edge.profile.
 
 from collections.abc import Iterator
 from functools import partial
+from math import inf
 from pathlib import Path
 from threading import Event, Lock, Thread
 from time import monotonic
@@ -65,6 +66,10 @@ class Telemetry:
     @property
     def warnings(self) -> list[str]:
         """Sentences on what makes numbers taken meanwhile doubtful: loose clocks, throttling, gaps."""
+        return self.warnings_between(-inf, inf)
+
+    def warnings_between(self, start_s: float, end_s: float) -> list[str]:
+        """Return the same for numbers taken between two moments of ``time.monotonic``."""
         loose = dict.fromkeys(
             f"{clock.name} {clock.min_mhz:.0f} to {clock.max_mhz:.0f} MHz"
             + f" ({clock.governor})" * bool(clock.governor)
@@ -73,7 +78,8 @@ class Telemetry:
         )
         lock = "; lock them: sudo jetson_clocks" if _is_jetson(self._sysfs) else ""
         sentences = [f"clocks are not locked: {', '.join(loose)}{lock}"] if loose else []
-        return sentences + warnings(self.samples)
+        part = [sample for sample in self.samples if start_s <= (sample.time_s or 0.0) <= end_s]
+        return sentences + warnings(part, self.samples)
 
     def sample(self) -> Sample:
         """Take a sample now, for example at a moment from which energy shall be counted."""

@@ -13,11 +13,11 @@ from dpal_edge.runtime.backend import require_own_precision
 
 DEVICE = "cpu"  # unless another is asked for
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERROR_LEVEL = 3  # of ONNX Runtime's log: warnings about a fallback become our own error
 
 # The engine's exceptions have no base class of their own.
-_FAILURES = (
+FAILURES = (
     state.EPFail,
     state.Fail,
     state.InvalidArgument,
@@ -46,7 +46,7 @@ class OnnxRuntimeBackend:
             options.only_execute_path_to_fetches = True
         try:
             found = self._session.run(names, dict(feeds), options)
-        except (ValueError, *_FAILURES) as error:  # ValueError: an input name is missing
+        except (ValueError, *FAILURES) as error:  # ValueError: an input name is missing
             raise ModelFileError(f"{self.name} cannot run the model on these inputs: {_line(error)}") from error
         return dict(zip(names, found, strict=True))
 
@@ -54,21 +54,15 @@ class OnnxRuntimeBackend:
 def load(path: Path, device: str, threads: int, precision: str | None) -> OnnxRuntimeBackend:
     """Open ``path`` on ``device`` ("cpu" or "cuda") with ``threads`` CPU threads per operator."""
     require_own_precision(path, precision)
-    provider = _PROVIDERS.get(device)
+    provider = PROVIDERS.get(device)
     if provider not in ort.get_available_providers():
-        usable = [name for name, value in _PROVIDERS.items() if value in ort.get_available_providers()]
+        usable = [name for name, value in PROVIDERS.items() if value in ort.get_available_providers()]
         raise BackendUnavailable(
             f"{path}: this onnxruntime has no device {device!r}, expected one of: {', '.join(usable)}"
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _ERROR_LEVEL
-    if device == "cpu":
-        # INT8 kernels saturate sums on CPUs without VNNI, outputs came out 30 % off: compute what the graph says.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = ort.InferenceSession(path, options, providers=[provider])
-    except _FAILURES as error:
+        session = ort.InferenceSession(path, session_options(device, threads), providers=[provider])
+    except FAILURES as error:
         raise ModelFileError(
             f"{path}: onnxruntime {ort.__version__} cannot load it ({_line(error)}); export the model again"
         ) from error
@@ -76,6 +70,17 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OnnxRu
     if (found := session.get_providers()[0]) != provider:
         raise BackendUnavailable(f"{path}: onnxruntime fell back from {provider} to {found}; check the driver")
     return OnnxRuntimeBackend(session, f"onnxruntime {ort.__version__} {device}")
+
+
+def session_options(device: str, threads: int) -> ort.SessionOptions:
+    """Return the settings with which files run on ``device``."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERROR_LEVEL
+    if device == "cpu":
+        # INT8 kernels saturate sums on CPUs without VNNI, outputs came out 30 % off: compute what the graph says.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 def _line(error: Exception) -> str:

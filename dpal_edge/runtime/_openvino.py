@@ -14,7 +14,7 @@ from dpal_edge.errors import BackendUnavailable, ModelFileError
 
 DEVICE = "cpu"  # unless another is asked for
 
-_DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose by itself, such as AUTO
+DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}  # none that would choose by itself, such as AUTO
 _VERSION = ov.__version__.partition("-")[0]
 # Where a CPU has bfloat16 OpenVINO would use it by itself; layers that are quantized in the file stay quantized.
 _PRECISIONS = ("f32", "bf16")
@@ -30,6 +30,8 @@ class OpenVinoBackend:
     so would requests of several images each, which are hardly faster (bench/results/openvino_speed.json).
     """
 
+    device_clock = "OpenVINO's latency of its requests; of several side by side the busiest"
+
     def __init__(
         self, model: ov.Model, compile_model: Callable[[ov.Model, int], ov.CompiledModel], name: str, streams: int
     ) -> None:
@@ -44,6 +46,7 @@ class OpenVinoBackend:
         }
         self._free = all(shape[0] is None for shape in self.inputs.values())
         self._requests: list[ov.InferRequest] = []
+        self._ms = 0.0  # of the last call, by OpenVINO's clock
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
@@ -58,9 +61,15 @@ class OpenVinoBackend:
                 return self._run_each(feeds, len(next(iter(feeds.values()))), names)
             [request] = self._open(1)
             request.infer(dict(feeds))
+            self._ms = request.latency
             return {name: np.array(request.get_tensor(name).data) for name in names}
         except RuntimeError as error:
             raise ModelFileError(f"{self.name} cannot run the model on these inputs: {_line(error)}") from error
+
+    def run_timed(self, feeds: Mapping[str, NDArray[Any]]) -> float:
+        """Run as ``run`` does; return the milliseconds that OpenVINO counted."""
+        self.run(feeds)
+        return self._ms
 
     def _run_each(self, feeds: Mapping[str, NDArray[Any]], count: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Run ``count`` images, each request taking its next one as soon as its last is done."""
@@ -70,14 +79,18 @@ class OpenVinoBackend:
             name: np.empty((count, *list(tensor.shape)[1:]), tensor.element_type.to_dtype())
             for name, tensor in tensors.items()
         }
+        busy_ms = [0.0] * len(requests)
         for i in range(count + len(requests)):
-            request, done = requests[i % len(requests)], i - len(requests)
+            turn, done = i % len(requests), i - len(requests)
+            request = requests[turn]
             if done >= 0:
                 request.wait()
+                busy_ms[turn] += request.latency
                 for name in names:
                     outputs[name][done] = request.get_tensor(name).data[0]
             if i < count:
                 request.start_async({name: array[i : i + 1] for name, array in feeds.items()})
+        self._ms = max(busy_ms)
         return outputs
 
     def _open(self, count: int) -> list[ov.InferRequest]:
@@ -105,8 +118,8 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
     """
     core = ov.Core()
     available = {name.partition(".")[0] for name in core.available_devices}  # several of a kind are GPU.0, GPU.1
-    if _DEVICES.get(device) not in available:
-        usable = ", ".join(name for name, plugin in _DEVICES.items() if plugin in available)
+    if DEVICES.get(device) not in available:
+        usable = ", ".join(name for name, plugin in DEVICES.items() if plugin in available)
         raise BackendUnavailable(f"{path}: this openvino has no device {device!r}, expected one of: {usable}")
     hint = precision or "f32"
     if hint not in _PRECISIONS:
@@ -114,10 +127,7 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
     streams = min(threads, _MOST_STREAMS) if device == "cpu" else 1
 
     def compile_model(model: ov.Model, requests: int) -> ov.CompiledModel:
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        if device == "cpu":
-            settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": requests}
-        return core.compile_model(model, _DEVICES[device], settings)
+        return core.compile_model(model, DEVICES[device], settings(device, threads, hint, requests))
 
     try:
         model = core.read_model(str(path))
@@ -132,6 +142,12 @@ def _give_back_freed_memory() -> None:
     """Give the system back what compiling took for a moment: 20 MB of each model stay with glibc otherwise."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def settings(device: str, threads: int, hint: str, requests: int) -> dict[str, Any]:
+    """Return how to compile for ``requests`` at a time, which compute in the precision ``hint``."""
+    cpu = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": requests} if device == "cpu" else {}
+    return {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", **cpu}
 
 
 def _show(types: Mapping[str, np.dtype[Any]]) -> str:

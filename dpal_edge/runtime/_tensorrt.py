@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.runtime.backend import require_own_precision
-from dpal_edge.runtime.cuda import Buffer, Cuda, Graph, Memory, Stream
+from dpal_edge.runtime.cuda import Buffer, Cuda, Event, Graph, Memory, Stream
 from dpal_edge.runtime.tensorrt import import_tensorrt, listen
 
 DEVICE = "gpu"
@@ -27,10 +27,12 @@ class TensorRtBackend:
     context of its own, and all share the memory for activations. Outputs are copies: they outlive the next call.
     """
 
+    device_clock = "CUDA events around the copies and the engine"
+
     def __init__(self, engine: Any, trt: Any, cuda: Cuda, log: Any, name: str, *, recorded: bool) -> None:
         """Most callers want ``load``; ``recorded`` is whether CUDA graphs are used."""
         self.name = f"{name} {trt.__version__} {cuda.gpu}"
-        self._engine, self._log, self._recorded = engine, log, recorded
+        self.engine, self._log, self._recorded = engine, log, recorded
         self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         entering = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -39,16 +41,39 @@ class TensorRtBackend:
         self.inputs = {n: tuple(None if side < 0 else side for side in self._shapes[n]) for n in entering}
         self.most = min(int(engine.get_tensor_profile_shape(n, 0)[2][0]) for n in entering)  # images at a time
         self._leaving = [n for n in names if n not in entering]
-        self._stream = Stream(cuda)
+        self._cuda, self._stream = cuda, Stream(cuda)
         self._activations = Memory(cuda, int(engine.device_memory_size_v2))
         self._buffers = {n: Buffer(cuda, self.most * self._bytes(n)) for n in names}
         self._contexts: dict[int, Any] = {}  # by number of images, as the next
         self._graphs: dict[int, Graph] = {}
-        owned: list[Buffer | Memory | Stream] = [*self._buffers.values(), self._activations, self._stream]
-        self.close = weakref.finalize(self, _free, self._graphs, owned)
+        self._events: tuple[Event, Event] | None = None  # before and after a call that is timed
+        self._owned: list[Buffer | Event | Memory | Stream] = [*self._buffers.values(), self._activations, self._stream]
+        self.close = weakref.finalize(self, _free, self._graphs, self._owned)
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
+        count = self._take(feeds)
+        self._launch(count)
+        self._finish(count)
+        return {name: self._view(name, count).copy() for name in outputs or self._leaving}
+
+    def run_timed(self, feeds: Mapping[str, NDArray[Any]]) -> float:
+        """Run as ``run`` does; return the milliseconds between CUDA's events before and after."""
+        if self._events is None:
+            self._events = Event(self._cuda), Event(self._cuda)
+            self._owned += self._events
+        before, after = self._events
+        count = self._take(feeds)
+        before.record(self._stream)
+        self._launch(count)
+        after.record(self._stream)
+        self._finish(count)
+        for name in self._leaving:  # a call gives its outputs away, and the host pays for that
+            self._view(name, count).copy()
+        return after.ms_since(before)
+
+    def _take(self, feeds: Mapping[str, NDArray[Any]]) -> int:
+        """Put the inputs where the engine reads them; return the number of images."""
         found = {name: (array.dtype, array.shape[1:]) for name, array in feeds.items()}
         expected = {name: (self._types[name], self._shapes[name][1:]) for name in self.inputs}
         counts = {len(array) for array in feeds.values()}
@@ -59,20 +84,26 @@ class TensorRtBackend:
             raise ModelFileError(f"{self.name}: {count} images at a time, expected 1 to {self.most}")
         for name, array in feeds.items():
             self._view(name, count)[...] = array
+        return count
+
+    def _launch(self, count: int) -> None:
+        """Queue all work for ``count`` images."""
         if count in self._graphs:
             self._graphs[count].launch(self._stream)
-            self._stream.wait()
         else:
-            context = self._contexts.get(count) or self._create_context(count)
-            self._queue(context, count)
-            self._stream.wait()  # a capture must not find work that is under way
-            if self._recorded:
-                self._graphs[count] = self._stream.record(lambda: self._queue(context, count))
-        return {name: self._view(name, count).copy() for name in outputs or self._leaving}
+            self._queue(self.context(count), count)
 
-    def _create_context(self, count: int) -> Any:
-        """Return an execution context for ``count`` images."""
-        context = self._engine.create_execution_context(self._strategy)
+    def _finish(self, count: int) -> None:
+        """Wait for the work; record it if that was the first with so many images."""
+        self._stream.wait()  # a capture must not find work that is under way
+        if self._recorded and count not in self._graphs:
+            self._graphs[count] = self._stream.record(lambda: self._queue(self.context(count), count))
+
+    def context(self, count: int) -> Any:
+        """Return the execution context for ``count`` images."""
+        if count in self._contexts:
+            return self._contexts[count]
+        context = self.engine.create_execution_context(self._strategy)
         if context is None:
             raise ModelFileError(f"{self.name}: no execution context for {count} images ({self._log.reason()})")
         context.set_device_memory(int(self._activations.address.value or 0), self._activations.size)
@@ -125,6 +156,6 @@ def open_engine(path: Path, device: str, trt: Any, name: str, *, recorded: bool)
     return TensorRtBackend(engine, trt, cuda, log, name, recorded=recorded)
 
 
-def _free(graphs: dict[int, Graph], resources: list[Buffer | Memory | Stream]) -> None:
+def _free(graphs: dict[int, Graph], resources: list[Buffer | Event | Memory | Stream]) -> None:
     for resource in (*graphs.values(), *resources):
         resource.free()

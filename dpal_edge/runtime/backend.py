@@ -2,15 +2,16 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable
+from dpal_edge.runtime.device import cpu_features
 
 # By file suffix, the preferred engine first; the engines are named like the packages that they come in.
 ENGINES = {
@@ -40,6 +41,17 @@ class Backend(Protocol):
         Raises:
             ModelFileError: the engine refuses the inputs, or the model fails on them.
         """
+        ...
+
+
+@runtime_checkable
+class DeviceClock(Protocol):
+    """What a backend has besides, whose engine counts time itself."""
+
+    device_clock: str  # what it counts, in words
+
+    def run_timed(self, feeds: Mapping[str, NDArray[Any]]) -> float:
+        """Run as ``Backend.run`` does; return the milliseconds that the engine counted."""
         ...
 
 
@@ -114,6 +126,18 @@ def choose_engine(path: Path, engine: str | None = None) -> str:
     if engine not in readers:
         raise BackendUnavailable(f"{path}: no engine {engine!r}, expected one of: {', '.join(readers)}")
     return engine
+
+
+def ways_to_run(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield each installed engine that reads ``path``, and the precisions that it may be told; None is the file's own.
+
+    Where none is installed it is the preferred one, whose absence is then told when it is opened.
+    """
+    readers = ENGINES.get(path.suffix, ())
+    for name in tuple(name for name in readers if find_spec(name)) or readers[:1]:
+        yield name, None
+        if name == "openvino" and cpu_features().fast_bf16:
+            yield name, "bf16"
 
 
 def physical_cores() -> int:

@@ -165,6 +165,28 @@ class Stream:
         self._cuda.call("cudaStreamDestroy", self.handle)
 
 
+class Event:
+    """A moment in a stream, by the device's clock."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self.handle = cuda.create("cudaEventCreate")
+
+    def record(self, stream: Stream) -> None:
+        """Be the moment when all is done that was queued before."""
+        self._cuda.call("cudaEventRecord", self.handle, stream.handle)
+
+    def ms_since(self, earlier: "Event") -> float:
+        """Return the milliseconds from ``earlier``, to half a microsecond; both must have come."""
+        ms = ctypes.c_float()
+        self._cuda.call("cudaEventElapsedTime", ctypes.byref(ms), earlier.handle, self.handle)
+        return ms.value
+
+    def free(self) -> None:
+        """Give the event back."""
+        self._cuda.call("cudaEventDestroy", self.handle)
+
+
 class Graph:
     """Recorded work: one launch in place of one for each kernel, which is most of the time of a small model."""
 

@@ -1,9 +1,11 @@
+import time
+
 import numpy as np
 import pytest
 from tiny_bundle import SIZE, reference, write_model
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
-from dpal_edge.runtime.backend import choose_engine, open_backend, physical_cores
+from dpal_edge.runtime.backend import DeviceClock, choose_engine, open_backend, physical_cores
 
 ENGINES = ["onnxruntime", "openvino"]
 
@@ -65,6 +67,22 @@ def test_openvino_computes_in_float32(model):
         assert compiled.get_property("NUM_STREAMS") == min(streams, physical_cores())
 
 
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_openvino_counts_time_itself(model, count):
+    pytest.importorskip("openvino")
+    backend = open_backend(model, engine="openvino", threads=2)
+    assert isinstance(backend, DeviceClock)
+    images = np.zeros((count, *SIZE, 3), np.uint8)
+    backend.run({"images": images})
+    start = time.perf_counter()
+    assert 0 < backend.run_timed({"images": images}) < 1e3 * (time.perf_counter() - start)
+
+
+def test_onnxruntime_has_no_clock_of_its_own(model):
+    pytest.importorskip("onnxruntime")
+    assert not isinstance(open_backend(model, engine="onnxruntime"), DeviceClock)
+
+
 def test_openvino_runs_images_side_by_side(model):
     pytest.importorskip("openvino")
     backend = open_backend(model, engine="openvino", threads=2)
@@ -103,7 +121,7 @@ def test_a_silent_fallback_is_refused(model, monkeypatch):
     from dpal_edge.runtime import _onnxruntime
 
     # What a CUDA build does without a driver: it lists the provider, warns, and opens the session on the CPU.
-    monkeypatch.setitem(_onnxruntime._PROVIDERS, "cuda", "AzureExecutionProvider")
+    monkeypatch.setitem(_onnxruntime.PROVIDERS, "cuda", "AzureExecutionProvider")
     available = _onnxruntime.ort.get_available_providers()
     if "AzureExecutionProvider" not in available:
         pytest.skip("this onnxruntime lists no second provider")

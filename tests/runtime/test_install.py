@@ -99,7 +99,7 @@ def test_without_a_gpu_what_runs_here_is_compared(bundle):
 
 def test_bfloat16_is_tried_where_a_cpu_has_it(bundle, monkeypatch):
     features = CpuFeatures(model="with bf16", cores=2, flags=("avx512_bf16",))
-    monkeypatch.setattr("dpal_edge.install.installer.cpu_features", lambda: features)
+    monkeypatch.setattr("dpal_edge.runtime.backend.cpu_features", lambda: features)
     result = install(bundle, backend="openvino", say=print)
     assert tried(result) == {("onnx", "openvino"): True, ("onnx", "openvino bf16"): True}
     exact, fast = result.attempts

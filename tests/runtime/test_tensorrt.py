@@ -2,13 +2,14 @@
 
 import ctypes
 import gc
+import time
 
 import numpy as np
 import pytest
 from tiny_bundle import SIZE, reference, write_model
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
-from dpal_edge.runtime.backend import open_backend
+from dpal_edge.runtime.backend import DeviceClock, open_backend
 from dpal_edge.runtime.cuda import Buffer, Cuda, Stream
 from dpal_edge.runtime.tensorrt import BuildOptions, build_engine, import_tensorrt
 
@@ -44,6 +45,19 @@ def test_an_engine_computes_what_its_graph_says(tmp_path, gpu, cudart, version, 
     assert launches.value >= 3
 
 
+def test_its_clock_counts_the_work_and_not_the_recording(tmp_path, gpu, cudart):
+    gpu()
+    backend = open_backend(build(tmp_path))
+    assert isinstance(backend, DeviceClock)
+    launches = counter(cudart, "launches")
+    for launched in (0, 1, 1):
+        before, start = launches.value, time.perf_counter()
+        counted = backend.run_timed({"images": crops(2)})
+        assert 0 < counted < 1e3 * (time.perf_counter() - start)
+        assert launches.value - before == launched
+    np.testing.assert_allclose(backend.run({"images": crops(2)})["embedding"], reference(crops(2)), rtol=1e-5)
+
+
 def test_outputs_outlive_the_next_call(tmp_path, gpu):
     gpu()
     backend = open_backend(build(tmp_path))
@@ -61,6 +75,7 @@ def test_all_is_given_back(tmp_path, gpu, cudart):
     backend = open_backend(build(tmp_path))
     for count in (1, 2, 2, 3, 3):
         backend.run({"images": crops(count)})
+    backend.run_timed({"images": crops(3)})
     assert live.value > before
     del backend
     gc.collect()

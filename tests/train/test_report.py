@@ -52,7 +52,7 @@ def test_run_writes_a_report_that_tells_what_happened(finished):
 def test_curves_are_those_of_the_metrics(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert report._series(rows, "loss") == ([1, 2, 3, 4], [row["loss"] for row in rows])
-    assert f"{report.html._short(rows[0]['local'])} to {report.html._short(rows[-1]['local'])}" in text_of(finished)
+    assert f"{report.html.short(rows[0]['local'])} to {report.html.short(rows[-1]['local'])}" in text_of(finished)
 
 
 def test_run_that_was_killed_has_a_report_of_what_is_there(finished, tmp_path):

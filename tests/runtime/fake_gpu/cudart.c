@@ -2,6 +2,7 @@
  * keeps it for launches. FAKE_INTEGRATED=1 is a Jetson; FAKE_FREE_MIB is what cudaMemGetInfo tells. */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 typedef int Error;
 typedef void (*Work)(int);
@@ -58,6 +59,14 @@ Error cudaGraphLaunch(void *graph, void *stream) {
     launches++;
     return !stream;
 }
+Error cudaEventCreate(void **p) { *p = take(sizeof(struct timespec)); return 0; }
+Error cudaEventRecord(void *event, void *stream) { return !stream || capture || clock_gettime(CLOCK_MONOTONIC, event); }
+Error cudaEventElapsedTime(float *ms, void *start, void *end) {
+    struct timespec *a = start, *b = end;
+    *ms = (b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) / 1e6;
+    return 0;
+}
+Error cudaEventDestroy(void *p) { return give(p); }
 const char *cudaGetErrorString(Error error) { return error == 1 ? "invalid argument" : "unknown error"; }
 
 /* What the fake TensorRT queues. */

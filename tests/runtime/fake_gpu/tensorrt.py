@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 __version__ = os.environ.get("FAKE_TENSORRT", "10.3.0")
@@ -40,6 +41,10 @@ class MemoryPoolType(enum.Enum):
 
 class ProfilingVerbosity(enum.Enum):
     DETAILED = 2
+
+
+class LayerInformationFormat(enum.Enum):
+    JSON = 1
 
 
 class TensorIOMode(enum.Enum):
@@ -215,8 +220,29 @@ class ICudaEngine:
         assert strategy == ExecutionContextAllocationStrategy.USER_MANAGED
         return IExecutionContext(self)
 
+    def create_engine_inspector(self):
+        return EngineInspector(self)
+
+
+class IProfiler:
+    pass
+
+
+class EngineInspector:
+    execution_context = None
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def get_engine_information(self, form):
+        assert form == LayerInformationFormat.JSON
+        assert self.execution_context is not None, "shapes would be unknown"
+        return json.dumps({"Layers": _layers(self._engine._content), "Bindings": []})
+
 
 class IExecutionContext:
+    profiler = None
+
     def __init__(self, engine):
         self._engine, self._addresses, self._shapes, self._queued = engine, {}, {}, []
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._compute)
@@ -240,7 +266,12 @@ class IExecutionContext:
         assert stream
         assert "activations" in self._addresses
         self._queued.append(dict(self._shapes))
+        began = time.perf_counter()
         cuda.fakeQueue(self._call, len(self._queued) - 1)
+        if self.profiler is not None:
+            layers = _layers(self._engine._content)
+            for layer in layers:
+                self.profiler.report_layer_time(layer["Name"], 1e3 * (time.perf_counter() - began) / len(layers))
         return True
 
     def _compute(self, number):
@@ -258,6 +289,25 @@ class IExecutionContext:
         size = int(np.prod(shape)) * dtype.itemsize
         memory = (ctypes.c_uint8 * size).from_address(self._addresses[tensor.name])
         return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _layers(content):
+    """Tell layers as the real inspector does: two nodes of the graph in each, called after both or after nothing."""
+    nodes = onnx.load_from_string(content).graph.node
+    names = [node.name or f"{node.op_type}_{i}" for i, node in enumerate(nodes)]
+    layers = []
+    for i in range(0, len(names), 2):
+        made_of = names[i : i + 2]
+        layers.append(
+            {
+                "Name": " + ".join(made_of) if i % 4 else f"__myl_{nodes[i].op_type}_myl0_{i}",
+                "LayerType": "gemm" if "MatMul" in {node.op_type for node in nodes[i : i + 2]} else "kgen",
+                "Inputs": [{"Name": nodes[i].input[0], "Format/Datatype": "Row major linear FP16 format"}],
+                "TacticName": "fake_tactic",
+                "Metadata": "\x1e".join(f"[ONNX Layer: {name}]" for name in made_of),
+            }
+        )
+    return layers
 
 
 cuda = ctypes.CDLL(os.environ["FAKE_CUDART"])
