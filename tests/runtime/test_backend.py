@@ -90,7 +90,7 @@ def test_openvino_runs_images_side_by_side(model):
     for count, requests in (0, 1), (1, 1), (2, 2), (3, 2), (15, 2), (1, 2):
         found = backend.run({"images": crops[:count]})["embedding"]
         np.testing.assert_allclose(found, reference(crops[:count]), rtol=1e-5, atol=1e-6)
-        assert len(backend._requests) == min(requests, physical_cores())
+        assert len(backend._requests) == requests
     alone = open_backend(model, engine="openvino", threads=1)
     np.testing.assert_allclose(alone.run({"images": crops})["embedding"], reference(crops), rtol=1e-5, atol=1e-6)
 
