@@ -210,6 +210,18 @@ def test_clocks_are_locked_only_when_asked(bundle, tmp_path, monkeypatch):
     assert not (tmp_path / "log").exists()
 
 
+def test_locked_clocks_are_restored_after_ctrl_c(bundle, tmp_path, monkeypatch):
+    program = tmp_path / "jetson_clocks"
+    program.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/log\n[ "$1" = --store ] && echo > "$2"\nexit 0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(command, "read_goldens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = run(bundle, "--out", tmp_path / "out", "--lock-clocks")
+    assert done.exit_code == 130
+    assert done.stderr.startswith("clocks are locked; by hand they are restored with: sudo jetson_clocks --restore")
+    assert (tmp_path / "log").read_text().splitlines() == ["--store", "", "--restore"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
