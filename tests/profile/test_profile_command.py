@@ -108,7 +108,7 @@ def test_a_detector_has_calls_and_no_pipeline(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {m["what"] for m in report["measurements"]} == {"call"}
     assert (report["stages"], report["sustained"], report["heads"]) == (None, None, None)
-    assert "p95 of a call with 1" in report["verdicts"][0]["text"] or "the slowest of a call" in done.stdout
+    assert "p95 of a call, images 1" in report["verdicts"][0]["text"] or "the slowest of a call" in done.stdout
 
 
 def test_ctrl_c_leaves_a_report(bundle, tmp_path, monkeypatch):
