@@ -307,7 +307,8 @@ def _sustained(report: _Report) -> list[str]:
     plot.line(list(zip(series["time_s"], series["p50_ms"], strict=False)), COLOURS[0])
     text = (
         f"{as_decimal(sustained['minutes'])} minutes: the detector takes "
-        f"{as_ms(sustained['first_p50_ms'])} ms at first, {as_ms(sustained['last_p50_ms'])} ms at the end ({sustained['slower']:+.0%})."
+        f"{as_ms(sustained['first_p50_ms'])} ms at first, "
+        f"{as_ms(sustained['last_p50_ms'])} ms at the end ({sustained['slower']:+.0%})."
     )
     return [f"<p>{text}</p>", grid([plot.render()])]
 
