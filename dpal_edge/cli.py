@@ -327,7 +327,7 @@ def install(bundle: Path, backend: str | None, as_json: bool) -> None:
     "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Compare two reports instead; no BUNDLE."
 )
 @click.option(
-    "--threshold", default=5.0, show_default=True, metavar="PERCENT", help="Of --compare: slower by more is exit 2."
+    "--threshold", default=15.0, show_default=True, metavar="PERCENT", help="Of --compare: slower by more is exit 2."
 )
 @_json_option
 def profile(

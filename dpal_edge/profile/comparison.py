@@ -143,9 +143,9 @@ def _notes(
     notes = ["the bundles differ, of the same architecture"] * differs
     for key, what in (("engines", "engines"), ("os", "system"), ("clock_state", "clocks")):
         was, now = old["machine"][key], new["machine"][key]
-        notes += [f"{what} were {_short(was)}, are {_short(now)}"] * (was != now)
+        notes += [f"{what}: {_short(was)}, now {_short(now)}"] * (was != now)
     for report, when, alone in ((old, "first", first.keys() - second), (new, "second", second.keys() - first)):
-        notes += [f"{len(alone)} measurements are only in the {when} report"] * bool(alone)
+        notes += [f"measured only in the {when} report: {len(alone)}"] * bool(alone)
         notes += [f"the {when} report was {report['interrupted']}"] * bool(report["interrupted"])
         notes += [f"the device throttled during the {when} report"] * bool(report["telemetry"]["throttled"])
     return tuple(notes)

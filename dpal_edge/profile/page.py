@@ -306,7 +306,8 @@ def _sustained(report: _Report) -> list[str]:
     plot = Plot("Median of a frame", axis(series["time_s"], "seconds"), axis(series["p50_ms"], "ms"))
     plot.line(list(zip(series["time_s"], series["p50_ms"], strict=False)), COLOURS[0])
     text = (
-        f"{as_decimal(sustained['minutes'])} minutes: {as_ms(sustained['first_p50_ms'])} ms at first, "
+        f"{as_decimal(sustained['minutes'])} minutes: the detector takes "
+        f"{as_ms(sustained['first_p50_ms'])} ms at first, "
         f"{as_ms(sustained['last_p50_ms'])} ms at the end ({sustained['slower']:+.0%})."
     )
     return [f"<p>{text}</p>", grid([plot.render()])]

@@ -100,16 +100,19 @@ def describe_heads(measured: Measured | None, heads: Sequence[HeadSpec], telemet
 
 
 def describe_sustained(measured: Measured | None) -> dict[str, Any] | None:
-    """Return ``report["sustained"]``: how the pipeline's time moved while the device grew warm."""
+    """Return ``report["sustained"]``: how the pipeline's time moved while the device grew warm.
+
+    The beginning and the end are compared by the detector's time: its work is the same whatever a frame shows.
+    """
     if measured is None:
         return None
-    at, glass = (np.array(measured.series.timings_ms[name]) for name in ("at", "glass"))
+    at, glass, detect = (np.array(measured.series.timings_ms[name]) for name in ("at", "glass", "detect"))
     window = max(1.0, float(at[-1]) / _MOST_POINTS)
     places = (at / window).astype(int)
     windows = [(float(place * window), glass[places == place]) for place in dict.fromkeys(places.tolist())]
     span = min(_FIRST_S, at[-1] / 2)
-    first, last = glass[at <= span], glass[at >= at[-1] - span]
-    early, late = float(np.median(first)) if len(first) else float(glass[0]), float(np.median(last))
+    first, last = detect[at <= span], detect[at >= at[-1] - span]
+    early, late = float(np.median(first)) if len(first) else float(detect[0]), float(np.median(last))
     return {
         "minutes": round(float(at[-1]) / 60, 2),
         "window_s": window,
@@ -168,8 +171,8 @@ def find_verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         text = f"the device slowed itself down {100 * share:.0f} % of the time: the numbers are of a device too hot or "
         found.append(_verdict("throttled", False, text + "with too little power"))
     if (sustained := report["sustained"]) is not None:
-        text = f"after {sustained['minutes']:.1f} minutes a frame takes {sustained['last_p50_ms']:.2f} ms, at the "
-        text += f"beginning {sustained['first_p50_ms']:.2f} ms ({100 * sustained['slower']:+.0f} %)"
+        text = f"after {sustained['minutes']:.1f} minutes the detector takes {sustained['last_p50_ms']:.2f} ms, at "
+        text += f"the beginning {sustained['first_p50_ms']:.2f} ms ({100 * sustained['slower']:+.0f} %)"
         found.append(_verdict("sustained", None, text))
     if report["interrupted"]:
         found.append(_verdict("interrupted", None, f"{report['interrupted']}; the report holds what came before"))
@@ -186,7 +189,11 @@ def _budget(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for measurement in (of_source or of_calls)[:1]:
         ms, source = measurement["ms"], measurement["source"]
         value, name = (ms["max"], "the slowest") if ms["p95"] is None else (ms["p95"], "p95")
-        what = f"from the frames of {source} to drawn people" if of_source else f"of a call with {measurement['batch']}"
+        what = (
+            f"from the frames of {source} to drawn people"
+            if of_source
+            else f"of a call, images {measurement['batch']},"
+        )
         words = "holds" if value <= budget else "is missed"
         text = f"the budget of {budget:g} ms {words}: {name} {what} is {value:.2f} ms"
         return [_verdict("budget", value <= budget, text)]
@@ -203,7 +210,7 @@ def _faster(measurements: Sequence[Mapping[str, Any]], used: Mapping[str, Any]) 
     if own is None or best is None or best["ms"]["p50"] > (1 - _NOTABLE) * own["ms"]["p50"]:
         return []
     text = (
-        f"{best['target']} with {best['runner']} takes {best['ms']['p50']:.2f} ms for {best['batch']} images, what run "
+        f"{best['target']} with {best['runner']} takes {best['ms']['p50']:.2f} ms, images {best['batch']}, what run "
         f"uses takes {own['ms']['p50']:.2f} ms: `dpal-edge install` chooses the fastest that computes right"
     )
     return [_verdict("form", None, text)]

@@ -63,8 +63,8 @@ def _calls(measurements: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) 
 def _stages(stages: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     if stages is None:
         return ""
-    told = ", ".join(f"{stage['name']} {_ms(stage['ms']['p50'])}" for stage in stages["stages"])
-    return f"median ms of {stages['frames']} frames of {stages['source']}: {told} {_marks([stages], marks)}"
+    told = ", ".join(f"{stage['name']} {_ms(stage['ms']['mean'])}" for stage in stages["stages"])
+    return f"mean ms of {stages['frames']} frames of {stages['source']}: {told} {_marks([stages], marks)}"
 
 
 def _curve(curve: Mapping[str, Any], marks: Mapping[str, str]) -> str:

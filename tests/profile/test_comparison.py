@@ -130,9 +130,9 @@ def test_what_else_differs_is_noted(write):
     second["telemetry"]["throttled"] = {"any": 0.5}
     assert compare(write("a", first), write("b", second), threshold=5.0).notes == (
         "the bundles differ, of the same architecture",
-        'engines were ["onnxruntime 1.0"], are ["onnxruntime 2.0"]',
-        'clocks were "locked", are "unknown"',
-        "1 measurements are only in the first report",
+        'engines: ["onnxruntime 1.0"], now ["onnxruntime 2.0"]',
+        'clocks: "locked", now "unknown"',
+        "measured only in the first report: 1",
         "the second report was interrupted by Ctrl-C or SIGTERM",
         "the device throttled during the second report",
     )

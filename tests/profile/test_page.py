@@ -151,7 +151,7 @@ def test_all_is_there(report):
     for expected in (
         "vit_tiny on Jetson Orin Nano", "Budget 33 ms: holds", "Three clocks", "device", "host !", "glass", "p99",
         "! clocks not locked: GPU", "1 outlier: 25.00 ms", "Where a frame's time goes", "knee: 2", "a note",
-        "sharing saves 70%", "5 minutes: 18.00 ms at first", "Hottest: cpu 72 °C", "Shaded",
+        "sharing saves 70%", "5 minutes: the detector takes 18.00 ms at first", "Hottest: cpu 72 °C", "Shaded",
         "fc1", "Floors, not measurements.", "Orin Nano 8 GB Super", "no GPU here", "memory clock: only root",
         "the weather", "Throttled 20 % of the time", "bound by", "! drifts", "! few frames",
         "! never became stable", "70% !", "310 mJ !", "! clocks were not locked; the device throttled 20% of the time",

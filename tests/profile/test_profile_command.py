@@ -108,7 +108,7 @@ def test_a_detector_has_calls_and_no_pipeline(tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {m["what"] for m in report["measurements"]} == {"call"}
     assert (report["stages"], report["sustained"], report["heads"]) == (None, None, None)
-    assert "p95 of a call with 1" in report["verdicts"][0]["text"] or "the slowest of a call" in done.stdout
+    assert "p95 of a call, images 1" in report["verdicts"][0]["text"] or "the slowest of a call" in done.stdout
 
 
 def test_ctrl_c_leaves_a_report(bundle, tmp_path, monkeypatch):
@@ -208,6 +208,18 @@ def test_clocks_are_locked_only_when_asked(bundle, tmp_path, monkeypatch):
         program.chmod(0o755)
     assert run(bundle, "--out", tmp_path / "out", "--people", "1", "--backend", "onnxruntime").exit_code == 0
     assert not (tmp_path / "log").exists()
+
+
+def test_locked_clocks_are_restored_after_ctrl_c(bundle, tmp_path, monkeypatch):
+    program = tmp_path / "jetson_clocks"
+    program.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/log\n[ "$1" = --store ] && echo > "$2"\nexit 0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(command, "read_goldens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    done = run(bundle, "--out", tmp_path / "out", "--lock-clocks")
+    assert done.exit_code == 130
+    assert done.stderr.startswith("clocks are locked; by hand they are restored with: sudo jetson_clocks --restore")
+    assert (tmp_path / "log").read_text().splitlines() == ["--store", "", "--restore"]
 
 
 @pytest.mark.parametrize(

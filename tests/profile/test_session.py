@@ -220,7 +220,7 @@ def test_a_run_that_grows_slower(tmp_path, clock):
         def step():
             ms = 20.0 if clock() < 150 else 25.0
             clock.pass_ms(ms)
-            return {"glass": ms, "at": clock()}
+            return {"glass": 2 * ms, "detect": ms, "at": clock()}
 
         labels = Labels(
             what="sustained", form=form(FakeEngine(clock, noisy())), runner="fake", source="clip", cameras=1
@@ -307,7 +307,7 @@ def test_a_faster_form_is_named():
     options = {"budget_ms": None}
     found = find_verdicts(report_with(1.0, measurements=calls, bundle={"used": used}, options=options))
     assert [verdict["kind"] for verdict in found] == ["form"]
-    assert found[0]["text"].startswith("int8 with ov 1 takes 10.00 ms for 4 images, what run uses takes 40.00 ms")
+    assert found[0]["text"].startswith("int8 with ov 1 takes 10.00 ms, images 4, what run uses takes 40.00 ms")
     assert find_verdicts(report_with(1.0, measurements=calls[:1], bundle={"used": used}, options=options)) == []
 
 
