@@ -18,7 +18,7 @@ from dpal_edge.profile.sampler import Effort, Series
 from dpal_edge.profile.telemetry import Telemetry
 from dpal_edge.runtime.annotate import draw
 from dpal_edge.runtime.backend import Backend, DeviceClock
-from dpal_edge.runtime.detector import Detector
+from dpal_edge.runtime.detector import DefaultDetector
 from dpal_edge.runtime.model import Model
 from dpal_edge.runtime.pipeline import Pipeline
 
@@ -168,7 +168,7 @@ class Session:
         self.measure(labels, step, clocks=(), decides="all", effort=TURNS)
 
     def measure_placed(
-        self, form: Form, model: Model, detector: Detector, people: int, cameras: int | None = None
+        self, form: Form, model: Model, detector: DefaultDetector, people: int, cameras: int | None = None
     ) -> None:
         """Time the pipeline on the clip of this package with so many people, before each of so many cameras."""
         pipeline = Pipeline(model, PlacedPeople(detector, people))
@@ -180,7 +180,13 @@ class Session:
             self.measure(labels, self._glass(pipeline, footage), clocks=("glass",), decides="glass", effort=USED)
 
     def measure_source(
-        self, form: Form, model: Model, detector: Detector, sources: Sequence[str], *, minutes: float | None = None
+        self,
+        form: Form,
+        model: Model,
+        detector: DefaultDetector,
+        sources: Sequence[str],
+        *,
+        minutes: float | None = None,
     ) -> Measured:
         """Time the pipeline on sources, for ten seconds or for ``minutes``."""
         pipeline = Pipeline(model, detector)

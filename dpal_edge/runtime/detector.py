@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +59,17 @@ class Detector(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchDetector(Protocol):
+    """A detector that takes the frames of several cameras at once."""
+
+    def detect(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Return the people in each frame (H, W, 3) uint8 BGR; sizes may differ."""
+        ...
+
+
 class ModelDetector:
-    """A detector's bundle: one pass over the whole frame. Use it from one thread at a time.
+    """A detector's bundle: one pass over a frame, or over those of several cameras. Use it from one thread at a time.
 
     Args:
         model: with one head, for detection.
@@ -105,12 +114,22 @@ class ModelDetector:
 
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
         """Return the people in ``frame``, best first, clipped to the frame."""
-        check_images(frame, "frame", ("H", "W", 3))
+        return self.detect([frame])[0]
+
+    def detect(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Return the people in each frame, in one pass."""
+        for frame in frames:
+            check_images(frame, "frame", ("H", "W", 3))
         manifest = self._model.manifest
         size = manifest.input.size
-        raw = self._model.run(letterbox_frame(frame, size)[None])[manifest.heads[0].name][0]
-        boxes, scores = decode_people(raw, threshold=self._threshold, iou=self._iou)
-        return Detections(to_frame(boxes, (frame.shape[0], frame.shape[1]), size), scores)
+        inputs = np.empty((len(frames), *size, 3), np.uint8)
+        for i, frame in enumerate(frames):
+            inputs[i] = letterbox_frame(frame, size)
+        found = []
+        for frame, raw in zip(frames, self._model.run(inputs)[manifest.heads[0].name], strict=True):
+            boxes, scores = decode_people(raw, threshold=self._threshold, iou=self._iou)
+            found.append(Detections(to_frame(boxes, (frame.shape[0], frame.shape[1]), size), scores))
+        return found
 
     def close(self) -> None:
         """Free the model; later calls raise ``ValueError``."""
@@ -142,12 +161,24 @@ class DefaultDetector:
 
     def __call__(self, frame: NDArray[np.uint8]) -> Detections:
         """Return the people in ``frame``, best first, clipped to the frame."""
-        check_images(frame, "frame", ("H", "W", 3))
-        shape = (frame.shape[0], frame.shape[1])
-        size = max(self._bundles, key=lambda size: (fit(shape, size), -size[0] * size[1]))
-        if size not in self._detectors:
-            self._detectors[size] = self._open(self._bundles[size])
-        return self._detectors[size](frame)
+        return self.detect([frame])[0]
+
+    def detect(self, frames: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Return the people in each frame; frames that need the same input share a pass."""
+        for frame in frames:
+            check_images(frame, "frame", ("H", "W", 3))
+        sizes = [self._best_size(frame.shape[0], frame.shape[1]) for frame in frames]
+        found: dict[int, Detections] = {}
+        for size in dict.fromkeys(sizes):
+            if size not in self._detectors:
+                self._detectors[size] = self._open(self._bundles[size])
+            places = [i for i, wanted in enumerate(sizes) if wanted == size]
+            found |= zip(places, self._detectors[size].detect([frames[i] for i in places]), strict=True)
+        return [found[i] for i in range(len(frames))]
+
+    def _best_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the input that shows a frame largest, the smaller one of equals."""
+        return max(self._bundles, key=lambda size: (fit((height, width), size), -size[0] * size[1]))
 
     def close(self) -> None:
         """Free the models; a later call loads them again."""

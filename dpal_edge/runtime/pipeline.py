@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.runtime.detector import DefaultDetector, Detections, Detector, ModelDetector
+from dpal_edge.runtime.detector import BatchDetector, DefaultDetector, Detections, Detector, ModelDetector
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.person import Person, check_heads, decode_heads
 from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
@@ -103,7 +103,7 @@ class Pipeline:
         heads = tuple(head for head in self.manifest.heads if tasks is None or head.task in tasks)
         size = self.manifest.input.size
         with self._timed("detect"):
-            found = {camera: self._detector(image) for camera, image in images.items()}
+            found = self._detect(images)
         with self._timed("crop"):
             boxes = [np.empty((0, 4), np.int64)]
             crops = np.empty((sum(len(seen.scores) for seen in found.values()), *size, 3), np.uint8)
@@ -121,6 +121,12 @@ class Pipeline:
                 camera: self._follow(camera, frames[camera], seen, [next(people) for _ in seen.scores])
                 for camera, seen in found.items()
             }
+
+    def _detect(self, images: Mapping[str, NDArray[np.uint8]]) -> dict[str, Detections]:
+        """Find the people of each camera, in one pass where the detector can."""
+        if isinstance(self._detector, BatchDetector):
+            return dict(zip(images, self._detector.detect(list(images.values())), strict=True))
+        return {camera: self._detector(image) for camera, image in images.items()}
 
     def _follow(
         self, camera: str, frame: Frame | NDArray[np.uint8], found: Detections, people: list[dict[str, Any]]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpal_edge.errors import ConfigError, ModelFileError, ParityError
+from dpal_edge.export import tensorrt_rtx
 from dpal_edge.export.bundle import ExportSettings
 from dpal_edge.export.crops import read_crops
 from dpal_edge.export.linked import link
@@ -161,6 +163,15 @@ def test_int8_and_fp16_read_the_same_weights(wide):
             atol = (0.05 if "int8" in file else 0.01) * np.abs(expected["detection"]).max()
             np.testing.assert_allclose(found, expected["detection"], atol=atol)
     assert not verify(wide / "detector_wide.json").failed  # the linter sees through to the weights
+
+
+@pytest.mark.parametrize("form", ["int8", "fp16"])
+def test_nvidias_compiler_takes_them(wide, tmp_path, form):
+    if find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("the compiler is not installed")
+    layers = tensorrt_rtx.compile_engine(wide / f"detector_wide.{form}.onnx", tmp_path / "engine.rtx")
+    assert (layers.int8_products > 0) == (form == "int8")
+    assert (tmp_path / "engine.rtx").stat().st_size > 0
 
 
 def test_a_size_keeps_its_own_positions(wide):

@@ -317,11 +317,13 @@ def test_what_install_chose_comes_first(bundle, tmp_path):
 def test_placed_people_lie_in_the_frame_and_apart(count):
     seen = []
 
-    def detector(frame):
-        seen.append(frame.shape)
+    class Finder:
+        def detect(self, frames):
+            seen.append([frame.shape for frame in frames])
 
-    found = PlacedPeople(detector, count)(np.zeros((432, 768, 3), np.uint8))
-    assert seen == [(432, 768, 3)]
+    found, again = PlacedPeople(Finder(), count).detect([np.zeros((432, 768, 3), np.uint8)] * 2)
+    assert seen == [[(432, 768, 3)] * 2]  # one pass
+    assert np.array_equal(again.boxes, found.boxes)
     assert len(found.scores) == count
     left, top, right, bottom = found.boxes.T
     assert min(left.min(), top.min()) >= 0

@@ -124,5 +124,10 @@ def test_a_frame_goes_to_the_input_that_it_fills_best(tmp_path):
         found = find(frame)
         np.testing.assert_array_equal(found.boxes, expected.boxes)
     assert opened == [tall, wide]  # once each
+    frames = [np.full((rows, 64, 3), shade, np.uint8) for rows, shade in ((48, 255), (36, 0), (48, 130))]
+    together = find.detect(frames)
+    assert [len(found.scores) for found in together] == [2, 0, 2]
+    for frame, found in zip(frames, together, strict=True):
+        np.testing.assert_array_equal(found.boxes, find(frame).boxes)
     with pytest.raises(ValueError, match="frame has shape"):
         find(np.zeros((4, 4), np.uint8))

@@ -169,6 +169,23 @@ def test_several_cameras_in_one_pass(bundle):
                 np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-6)
 
 
+def test_a_detector_that_can_takes_all_cameras_at_once(bundle):
+    passes = []
+
+    class Together(ColourDetector):
+        def detect(self, frames):
+            passes.append(len(frames))
+            return [self(frame) for frame in frames]
+
+    frames = {"door": people_frame({"r": (10, 20)}), "yard": people_frame({"b": (40, 30)}, (60, 120))}
+    with Pipeline.open(bundle, detector=Together()) as pipeline:
+        found = pipeline.look(frames)
+        assert (passes, pipeline.look({})) == ([2], {})
+    for camera, frame in frames.items():
+        with Pipeline.open(bundle, detector=ColourDetector()) as alone:
+            assert [person.box for person in found[camera]] == [person.box for person in alone(frame)]
+
+
 def test_two_pipelines_in_two_threads(bundle):
     frame = people_frame({"r": (10, 20), "g": (120, 50)})
     results = {}
