@@ -124,7 +124,7 @@ class Pipeline:
 
     def _detect(self, images: Mapping[str, NDArray[np.uint8]]) -> dict[str, Detections]:
         """Find the people of each camera, in one pass where the detector can."""
-        if isinstance(self._detector, BatchDetector):
+        if images and isinstance(self._detector, BatchDetector):
             return dict(zip(images, self._detector.detect(list(images.values())), strict=True))
         return {camera: self._detector(image) for camera, image in images.items()}
 
