@@ -7,6 +7,7 @@ and the tensors of a .safetensors file are plain bytes at known offsets.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,18 +83,15 @@ def link(checkpoint: Path, settings: ExportSettings, name: str | None = None) ->
         name: NAME; the checkpoint's by default.
 
     Raises:
-        ConfigError: a target of another form is asked for, or the backbone is a Swin.
+        ConfigError: a target of another form is asked for, or one of less than float32 of a checkpoint in float32, or
+            the backbone is a Swin.
         DataError: no real images to compare on, or the folder cannot be written.
         ModelFileError: the checkpoint cannot be read, or stores weights in a type that no graph reads.
         ParityError: a graph differs from torch by more than it may; nothing is written.
     """
-    if others := [target for target in settings.targets if Path(TARGETS[target].file).suffix != ".onnx"]:
-        raise ConfigError(f"target {', '.join(others)}: only ONNX graphs read their weights from a checkpoint")
     source = open_source(checkpoint, settings.weights, settings.size)
     path, model = source.path, LinkedModel(source.model, source.mean, source.std)
-    if isinstance(source.model.backbone, SwinTransformer):
-        raise ConfigError(f"{path}: a Swin's position biases are not stored as a graph needs them; export a bundle")
-    name = name or path.stem
+    weights, name = _find_weights(source, model, settings.targets), name or path.stem
     images, crops, reference = read_images(source, settings)
     with draft_beside(path) as draft:
         shutil.copyfile(path, draft / path.name)  # a graph may read from files beside it only
@@ -109,7 +107,7 @@ def link(checkpoint: Path, settings: ExportSettings, name: str | None = None) ->
         made, refused = workshop.make(settings.targets)
         if refused:
             raise ParityError(f"{path}: {'; '.join(f'{one.target}: {one.reason}' for one in refused)}")
-        weights, artifacts = _Weights.find(source, model), []
+        artifacts = []
         for artifact in made:
             graph = draft / artifact.file.file.replace(float32.stem, name, 1)
             if not graph.exists():  # targets may share one
@@ -123,6 +121,21 @@ def link(checkpoint: Path, settings: ExportSettings, name: str | None = None) ->
         for file in (*files, golden.file, written.name):  # the manifest last: until then no bundle is there
             (draft / file).replace(path.with_name(file))
     return manifest
+
+
+def _find_weights(source: Source, model: LinkedModel, targets: Sequence[str]) -> "_Weights":
+    """Find the weights that graphs of these targets read; refuse what they cannot."""
+    if others := [target for target in targets if Path(TARGETS[target].file).suffix != ".onnx"]:
+        raise ConfigError(f"target {', '.join(others)}: only ONNX graphs read their weights from a checkpoint")
+    if isinstance(source.model.backbone, SwinTransformer):
+        raise ConfigError(
+            f"{source.path}: a Swin's position biases are not stored as a graph needs them; export a bundle"
+        )
+    weights = _Weights.find(source, model)
+    halved = [target for target in targets if TARGETS[target].precision != "float32"]
+    if halved and any(place.dtype == "F32" for place in weights.places.values()):
+        raise ConfigError(f"{source.path}: stores float32, but {', '.join(halved)} read float16; save it as that")
+    return weights
 
 
 def _strip(source: Source) -> Stripped:

@@ -13,7 +13,7 @@ from dpal_edge.runtime.backend import ENGINES, Backend, open_backend
 from dpal_edge.runtime.installed import read_choice
 
 _MAX_BATCH = 32  # images per pass: bounds the memory a crowd can take
-_FIRST_FRAMES, _FIRST_PEOPLE = 1, 5  # images of the first pass: OpenVINO compiles for them, for crowds when one comes
+_FIRST_FRAMES, _FIRST_PEOPLE = 1, 5  # images of the first pass: OpenVINO compiles for one or for several
 _COMPILED = "trt"  # how targets begin that are compiled before they run
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head

@@ -7,6 +7,8 @@ from dpal_edge.runtime.boxes import Boxes
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.tasks.letterbox import GREY, fit
 
+_INTERPOLATED = 1.25  # pixels for each of the output, up to which interpolation leaves out next to nothing
+
 
 def as_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
     """Return an image as (H, W, 3) BGR: itself, (H, W) or (H, W, 1) grey, or (H, W, 4) BGRA; None for what is none."""
@@ -29,7 +31,7 @@ def crop_people(
 
     Edges are rounded to whole pixels and clipped to the frame: what lies outside is left out, never invented, as in
     the crops that models are trained on. A box that keeps no pixel becomes the nearest one at the frame's edge.
-    Pixels are averaged where a crop has several for each of the output, then interpolated.
+    Pixels are averaged where a crop has more of them than the output, else interpolated linearly.
 
     Args:
         frame: (H, W, 3) BGR.
@@ -63,10 +65,10 @@ def letterbox_frame(frame: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[
 
 
 def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Average whole blocks of pixels, as large as leave enough of them, then interpolate linearly.
+    """Average whole blocks of pixels, then average or interpolate what is left: as close to an exact average, sooner.
 
-    Training's views are made like this, and it takes a fifth of the time of averaging over fractions of pixels. Rows
-    and columns that fill no block are left out: less than one pixel of the result.
+    Training's views are averaged too. A frame of 768x432 takes a fifth of the time of averaging over fractions of
+    pixels alone. Rows and columns that fill no block are left out: less than one pixel of the result.
     """
     cv2 = load_opencv()
     down, across = (max(have // want, 1) for have, want in zip(image.shape[:2], size, strict=True))
@@ -74,7 +76,9 @@ def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8
         rows, columns = image.shape[0] // down, image.shape[1] // across
         whole = image[: rows * down, : columns * across]
         image = cv2.resize(whole, (columns, rows), interpolation=cv2.INTER_AREA)
-    resized: NDArray[np.uint8] = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    shrinks = max(image.shape[0] / size[0], image.shape[1] / size[1]) > _INTERPOLATED
+    smooth = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized: NDArray[np.uint8] = cv2.resize(image, size[::-1], interpolation=smooth)
     return resized
 
 

@@ -207,6 +207,8 @@ def test_what_cannot_be_linked(tmp_path, crops):
     write_human(path, {"backbone": tiny_human(0, HEADS)})
     with pytest.raises(ConfigError, match=r"target openvino-int8: only ONNX graphs read their weights from a checkp"):
         link(path, replace(settings, targets=("onnx", "openvino-int8")))
+    with pytest.raises(ConfigError, match=r"x\.safetensors: stores float32, but trt-fp16 read float16"):
+        link(path, replace(settings, targets=("onnx", "trt-fp16")))
     with pytest.raises(ParityError, match=r"model\.onnx: differs from torch"):
         link(path, replace(settings, tolerance=0.0))
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
