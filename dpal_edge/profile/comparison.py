@@ -9,6 +9,7 @@ from typing import Any
 from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.profile.report import SCHEMA
 from dpal_edge.profile.statistics import significant_changes
+from dpal_edge.profile.wording import as_count
 
 _KEY = ("what", "source", "placed", "target", "engine", "computes", "batch", "people", "cameras", "clock")
 _SAME = ("machine model", "machine cpu", "machine cores", "machine gpus", "machine power_mode", "bundle name",
@@ -85,17 +86,14 @@ def compare(before: Path, after: Path, *, threshold: float) -> Comparison:
             f"{after} cannot be compared with {before}: they share no measurement; give both the same --people, "
             f"--backend and --source"
         )
-    names = {key: _name(first[key]) for key in both}
-    tested = significant_changes(
-        {names[key]: (first[key]["ms"]["blocks"], second[key]["ms"]["blocks"]) for key in both}
-    )
+    tested = significant_changes({key: (first[key]["ms"]["blocks"], second[key]["ms"]["blocks"]) for key in both})
     changes = []
     for key in both:
         was, now = (measured[key]["ms"]["p50"] for measured in (first, second))
         percent = round(100 * (now / was - 1), 2)
         flags = tuple(sorted({*first[key]["flags"]} ^ {*second[key]["flags"]}))
-        changes.append(Change(name=names[key], before_ms=was, after_ms=now, percent=percent, flags=flags,
-                              significant=names[key] in tested))  # fmt: skip
+        changes.append(Change(name=_name(first[key]), before_ms=was, after_ms=now, percent=percent, flags=flags,
+                              significant=key in tested))  # fmt: skip
     return Comparison(changes=tuple(changes), threshold=threshold, notes=_notes(old, new, first, second))
 
 
@@ -128,10 +126,11 @@ def _by_key(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _name(measurement: Mapping[str, Any]) -> str:
-    told = [measurement["what"], measurement["target"], measurement["engine"], measurement["computes"]]
-    told.append(f"{measurement['batch']} people" if measurement["batch"] else measurement["source"])
-    if (measurement["cameras"] or 1) > 1:
-        told.append(f"{measurement['cameras']} cameras")
+    """Return a name that no other measurement of the report has."""
+    told = [measurement[part] for part in ("what", "target", "engine", "computes", "source")]
+    batch, cameras = measurement["batch"], measurement["cameras"]
+    told.append(batch and as_count(batch, "person", "people"))
+    told.append(cameras and as_count(cameras, "camera"))
     return " ".join(str(part) for part in (*told, measurement["clock"]) if part)
 
 

@@ -72,12 +72,28 @@ def test_a_regression_is_found_among_many_and_named(write):
     assert comparison.to_dict()["regressions"] == [regression.name]
 
 
+def test_the_same_people_before_one_camera_are_a_measurement_of_their_own(write):
+    """Two people in the curve over people, and two before one camera: one of the two became slower."""
+
+    def placed(source, factor, seed):
+        labels = {"what": "pipeline", "source": source, "placed": True, "cameras": 1, "clock": "glass"}
+        return {**measurement(20 * factor, batch=2, seed=seed), **labels}
+
+    sources = "placed people", "placed people, 2 before each camera"
+    for slow in range(2):
+        before = [placed(source, 1.0, seed) for seed, source in enumerate(sources)]
+        after = [placed(source, 1.5 if i == slow else 1.0, 100 + i) for i, source in enumerate(sources)]
+        comparison = compare(write(f"a{slow}", report(*before)), write(f"b{slow}", report(*after)), threshold=5.0)
+        [regression] = comparison.regressions
+        assert regression.name == f"pipeline onnx onnxruntime {sources[slow]} 2 people 1 camera glass"
+
+
 def test_flags_that_only_one_number_bears_are_shown(write):
     before, after = many(), many(1.5, seed=100)
     before[0]["flags"] = ["clocks are unknown"]
     after[0]["flags"] = ["clocks are unknown", "other programs took more than half of the CPU"]
     text = compare(write("a", report(*before)), write("b", report(*after)), threshold=5.0).as_text()
-    assert "call onnx onnxruntime 1 people host [other programs took more than half of the CPU]" in text
+    assert "call onnx onnxruntime 1 person host [other programs took more than half of the CPU]" in text
     assert "clocks" not in text
 
 
