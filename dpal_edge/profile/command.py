@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ class Options:
     lock_clocks: bool = False
     max_celsius: float = 95.0
 
+    def __post_init__(self) -> None:
+        limits = {
+            "--minutes": (self.minutes, "a number above 0, such as 20"),
+            "--budget": (self.budget_ms, "a time above 0, such as 33ms"),
+            "--max-celsius": (self.max_celsius, "a temperature above 0, such as 95"),
+        }
+        for option, (value, expected) in limits.items():
+            if value is not None and not 0 < value < inf:
+                raise ConfigError(f"{option} is {value:g}, expected {expected}")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values; of sources the number alone, since an address may hold a password."""
         kept = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
@@ -83,10 +94,10 @@ def parse_budget(text: str) -> float:
     """Return the milliseconds of ``text``, such as "33ms", "0.033s" or "33".
 
     Raises:
-        ConfigError: it is something else, or not above 0.
+        ConfigError: it is something else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|us)?", text.strip(), re.ASCII)
-    if not found or not float(found[1]):
+    if not found:
         raise ConfigError(f"--budget is {text!r}, expected a time above 0, such as 33ms")
     return float(found[1]) * _UNITS[found[2] or "ms"]
 
@@ -151,8 +162,10 @@ def profile(
         with undisturbed():  # a second Ctrl-C must not cost the report
             telemetry.sample()
             report = run.report(interrupted)
-            write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-            write_text(out / "report.html", render_page(report))
+            try:
+                write_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+            finally:  # neither is lost through the other
+                write_text(out / "report.html", render_page(report))
     if failure is not None:
         say(f"what was measured before the error is in {out}")
         raise failure

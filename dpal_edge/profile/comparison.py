@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ def compare(before: Path, after: Path, *, threshold: float) -> Comparison:
 
     Raises:
         DataError: a file is no report.
-        ConfigError: the reports are of different devices, models or sizes.
+        ConfigError: the reports are of different devices, models or sizes, or the threshold is no percentage.
     """
+    if not 0 <= threshold < inf:
+        raise ConfigError(f"--threshold is {threshold:g}, expected a percentage of 0 or more, such as 15")
     old, new = read_report(before), read_report(after)
     for place in _SAME:
         section, _, key = place.partition(" ")

@@ -145,6 +145,18 @@ def test_an_error_in_the_end_costs_nothing_that_was_measured(bundle, tmp_path, m
     assert any(m["what"] == "call" for m in report["measurements"])
 
 
+@pytest.mark.parametrize(("broken", "kept"), [("render_page", "report.json"), ("json.dumps", "report.html")])
+def test_neither_file_is_lost_through_the_other(bundle, tmp_path, monkeypatch, broken, kept):
+    def fail(*_, **__):
+        raise ValueError("cannot be written")
+
+    monkeypatch.setattr(f"dpal_edge.profile.command.{broken}", fail)
+    monkeypatch.setattr(command, "read_goldens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(ValueError, match="cannot be written"):
+        run(bundle, "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [kept]
+
+
 def test_ctrl_c_before_anything_was_measured(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "read_goldens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     done = run(bundle, "--out", tmp_path / "out", "--people", "1", "--budget", "5ms")
@@ -228,6 +240,15 @@ def test_locked_clocks_are_restored_after_ctrl_c(bundle, tmp_path, monkeypatch):
         (["BUNDLE"], "profile needs a BUNDLE and --out FOLDER, or --compare with two reports"),
         (["BUNDLE", "--out", "OUT", "--people", "0,2"], "--people is '0,2', expected numbers from 1 to 256"),
         (["BUNDLE", "--out", "OUT", "--budget", "fast"], "--budget is 'fast', expected a time above 0, such as 33ms"),
+        (["BUNDLE", "--out", "OUT", "--budget", "0ms"], "--budget is 0, expected a time above 0, such as 33ms"),
+        (["BUNDLE", "--out", "OUT", "--budget", "9" * 400], "--budget is inf, expected a time above 0"),
+        (["BUNDLE", "--out", "OUT", "--minutes", "inf"], "--minutes is inf, expected a number above 0, such as 20"),
+        (["BUNDLE", "--out", "OUT", "--minutes", "nan"], "--minutes is nan, expected a number above 0"),
+        (["BUNDLE", "--out", "OUT", "--minutes", "0"], "--minutes is 0, expected a number above 0"),
+        (["BUNDLE", "--out", "OUT", "--max-celsius", "inf"], "--max-celsius is inf, expected a temperature above 0"),
+        (["BUNDLE", "--out", "OUT", "--max-celsius", "nan"], "--max-celsius is nan, expected a temperature above 0"),
+        (["--compare", "a", "b", "--threshold", "nan"], "--threshold is nan, expected a percentage of 0 or more"),
+        (["--compare", "a", "b", "--threshold", "-1"], "--threshold is -1, expected a percentage of 0 or more"),
         (["BUNDLE", "--out", "OUT", "--backend", "tpu"], "no engine tpu, expected one of: onnxruntime, openvino"),
         (["BUNDLE", "--out", "OUT", "--source", "none.mp4"], "none.mp4: no such file, expected a video"),
         (["BUNDLE", "--out", "BUNDLE/model.onnx"], "is a file, expected a folder"),
