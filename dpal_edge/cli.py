@@ -353,7 +353,8 @@ def profile(
 
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     for number in (signal.SIGTERM, signal.SIGHUP):  # what ends a session of ssh or a container keeps what was measured
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup asks for
+            signal.signal(number, signal.default_int_handler)
     asked = command.Options(
         people=command.parse_people(people), budget_ms=command.parse_budget(budget) if budget else None, **options
     )

@@ -185,6 +185,17 @@ def test_a_signal_to_the_real_command(bundle, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["interrupted"]
 
 
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_hangup_that_nohup_ignores_stays_ignored(bundle, tmp_path, before):
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        run(bundle, "--out", tmp_path / "out", "--people", "none")
+        expected = signal.SIG_IGN if before is signal.SIG_IGN else signal.default_int_handler
+        assert signal.getsignal(signal.SIGHUP) is expected
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
 def test_a_device_that_is_too_hot(bundle, tmp_path):
     root = write(orin_nx(tmp_path / "board"), {"sys/class/thermal/thermal_zone0/temp": 97_000})
     report = command.profile(
