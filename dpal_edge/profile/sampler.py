@@ -53,19 +53,23 @@ class Series:
             clock: in seconds.
         """
         began, look_at, narrow = clock(), effort.least_calls, 0
-        while True:
-            for name, ms in step().items():
-                self.timings_ms.setdefault(name, []).append(ms)
-            self.calls += 1
-            check()
-            passed = clock() - began
-            if passed >= effort.most_s or (passed >= effort.usual_s and self.calls >= effort.least_calls):
-                return
-            if passed >= effort.least_s and self.calls >= look_at:
-                narrow = narrow + 1 if _precise(self.timings_ms[decides], effort.precision) else 0
-                if narrow == _IN_A_ROW:
+        try:
+            while True:
+                for name, ms in step().items():
+                    self.timings_ms.setdefault(name, []).append(ms)
+                self.calls += 1
+                check()
+                passed = clock() - began
+                if passed >= effort.most_s or (passed >= effort.usual_s and self.calls >= effort.least_calls):
                     return
-                look_at = int(self.calls * _LOOK_AGAIN)
+                if passed >= effort.least_s and self.calls >= look_at:
+                    narrow = narrow + 1 if _precise(self.timings_ms[decides], effort.precision) else 0
+                    if narrow == _IN_A_ROW:
+                        return
+                    look_at = int(self.calls * _LOOK_AGAIN)
+        finally:  # an interrupt may come between the timings of one call
+            for timings in self.timings_ms.values():
+                del timings[self.calls :]
 
 
 def _precise(timings_ms: list[float], precision: float) -> bool:

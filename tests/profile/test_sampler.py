@@ -67,6 +67,20 @@ def test_what_came_before_an_end_is_kept(error):
     assert series.timings_ms == {"host": [1.0] * 7, "device": [0.5] * 7}
 
 
+def test_an_interrupt_between_the_timings_of_a_call_leaves_lists_of_one_length():
+    class Torn(dict):
+        def items(self):
+            yield "device", 0.5
+            if series.calls == 7:
+                raise KeyboardInterrupt
+            yield "host", 1.0
+
+    series = Series()
+    with pytest.raises(KeyboardInterrupt):
+        series.collect(Torn, EFFORT, decides="host")
+    assert series.timings_ms == {"device": [0.5] * 7, "host": [1.0] * 7}
+
+
 def test_it_recovers_a_known_distribution_within_its_own_interval():
     """Log-normal noise on 5 ms, in which each call keeps half of the one before, of 60 engines."""
     held = {"mean": 0, "median": 0}
