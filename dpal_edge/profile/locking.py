@@ -41,13 +41,27 @@ def locked_clocks(say: Callable[[str], object]) -> Iterator[None]:
     atexit.register(undo)
     try:
         with undisturbed():
-            lock()
+            try:
+                lock()
+            except BackendUnavailable:
+                _restore_after_failure(undo, say)
+                raise
         say(told)
         yield
     finally:
-        with undisturbed():
-            undo()
-        atexit.unregister(undo)
+        try:
+            with undisturbed():
+                undo()
+        finally:
+            atexit.unregister(undo)
+
+
+def _restore_after_failure(undo: Callable[[], None], say: Callable[[str], object]) -> None:
+    """Restore where locking failed: that this fails as well is a line, and not the error that is shown."""
+    try:
+        undo()
+    except BackendUnavailable as error:
+        say(str(error))
 
 
 class _Once:
@@ -83,6 +97,11 @@ def _cards() -> tuple[Callable[[], None], Callable[[], None], str]:
     """Return the same for NVIDIA's cards."""
     answer = _run("nvidia-smi", "--query-gpu=index,clocks.max.sm", "--format=csv,noheader,nounits")
     highest = dict(line.replace(" ", "").split(",") for line in answer.splitlines() if line.count(",") == 1)
+    if not highest:
+        raise BackendUnavailable(
+            f"--lock-clocks: nvidia-smi answers {answer.strip()!r}, expected a line for each GPU, such as '0, 1980'; "
+            f"mend the driver, or leave --lock-clocks out"
+        )
     locked: list[str] = []
 
     def lock() -> None:
@@ -91,8 +110,14 @@ def _cards() -> tuple[Callable[[], None], Callable[[], None], str]:
             _run("nvidia-smi", "-i", index, f"--lock-gpu-clocks={mhz},{mhz}")
 
     def restore() -> None:
+        failures = []
         for index in locked:
-            _run("nvidia-smi", "-i", index, "--reset-gpu-clocks")
+            try:
+                _run("nvidia-smi", "-i", index, "--reset-gpu-clocks")
+            except BackendUnavailable as error:  # the others are reset nevertheless
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     clocks = ", ".join(f"GPU {index} at {mhz} MHz" for index, mhz in highest.items())
     by_hand = "by hand they are restored with: sudo nvidia-smi --reset-gpu-clocks"

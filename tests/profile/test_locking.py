@@ -102,6 +102,42 @@ def test_a_card_that_refuses_leaves_none_locked(install, monkeypatch):
     assert log()[2:] == ["nvidia-smi -i 0 --reset-gpu-clocks", "nvidia-smi -i 1 --reset-gpu-clocks"]
 
 
+@pytest.fixture
+def unregistered(monkeypatch):
+    """What atexit was told to forget."""
+    forgotten = []
+    monkeypatch.setattr("dpal_edge.profile.locking.atexit.unregister", forgotten.append)
+    return forgotten
+
+
+def test_a_reset_that_fails_leaves_no_other_card_locked(install, monkeypatch, unregistered):
+    log = install("nvidia-smi", NVIDIA_SMI)
+    monkeypatch.setenv("FAIL_ON", "-i 0 --reset")
+    with pytest.raises(BackendUnavailable, match="-i 0 --reset-gpu-clocks failed"), locked_clocks(lambda line: None):
+        pass
+    assert log()[2:] == ["nvidia-smi -i 0 --reset-gpu-clocks", "nvidia-smi -i 1 --reset-gpu-clocks"]
+    assert len(unregistered) == 1
+
+
+def test_why_locking_failed_is_the_error_and_not_that_resetting_failed_too(install, monkeypatch, unregistered):
+    log, said = install("nvidia-smi", NVIDIA_SMI), []
+    monkeypatch.setenv("FAIL_ON", "-i")
+    with pytest.raises(BackendUnavailable, match="-i 0 --lock-gpu-clocks=1980,1980 failed"), locked_clocks(said.append):
+        pass
+    assert log()[1:] == ["nvidia-smi -i 0 --reset-gpu-clocks"]
+    assert ["-i 0 --reset-gpu-clocks failed" in line for line in said] == [True]
+    assert len(unregistered) == 1
+
+
+def test_a_driver_without_a_card(install):
+    install("nvidia-smi", "#!/bin/sh\necho No devices were found\n")
+    with (
+        pytest.raises(BackendUnavailable, match="answers 'No devices were found', expected a line for each GPU"),
+        locked_clocks(print),
+    ):
+        pass
+
+
 def test_neither_program(install, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BackendUnavailable, match="neither jetson_clocks nor nvidia-smi is here"), locked_clocks(print):
