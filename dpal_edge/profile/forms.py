@@ -12,6 +12,7 @@ from dpal_edge.runtime.model import choose_artifact
 
 RANKED = 4  # images whose time ranks forms, as `dpal-edge install` has it
 _BUILT = "trt-fp16", "trt-int8"  # targets that `dpal-edge install` compiles
+_BUILDER = "tensorrt"  # the engine that it compiles them for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +58,38 @@ def find_forms(bundle: Path, manifest: Manifest, engines: Sequence[str]) -> tupl
         engines: those that count, the first one for the pipeline; empty is all.
 
     Raises:
-        BackendUnavailable: an engine that does not exist, or none that reads an artifact.
+        BackendUnavailable: an engine that does not exist, none that reads an artifact, or nothing built for it yet.
         ModelFileError: a file is damaged.
     """
     known = sorted({name for readers in ENGINES.values() for name in readers})
     if unknown := set(engines) - {*known}:
         raise BackendUnavailable(f"no engine {', '.join(sorted(unknown))}, expected one of: {', '.join(known)}")
-    choice = None if engines else read_choice(bundle)
+    wanted = engines or known
+    built = _BUILDER in wanted and any(artifact.target in _BUILT for artifact in manifest.artifacts)
+    installed = read_choice(bundle) if built or not engines else None
     forms, skipped = [], []
     for artifact in manifest.artifacts:
         path = manifest.open_artifact(bundle, artifact)
         if artifact.target not in _BUILT:
             forms += [
-                _form(artifact, path, engine, computes)
-                for engine, computes in ways_to_run(path)
-                if engine in (engines or known)
+                _form(artifact, path, engine, computes) for engine, computes in ways_to_run(path) if engine in wanted
             ]
-        elif choice and choice.file and choice.target == artifact.target:
-            forms.append(_form(artifact, Path(choice.file), choice.engine, choice.precision, path))
-        else:
+        elif installed and installed.file and installed.target == artifact.target and installed.engine in wanted:
+            forms.append(_form(artifact, Path(installed.file), installed.engine, installed.precision, path))
+        elif built:
             reason = "dpal-edge install builds it on this device, and did not choose it or was not run"
-            skipped.append({"target": artifact.target, "artifact": artifact.file.file, "engine": "tensorrt",
+            skipped.append({"target": artifact.target, "artifact": artifact.file.file, "engine": _BUILDER,
                             "reason": reason})  # fmt: skip
+    if skipped and not any(form.engine in (engines[:1] or known) for form in forms):
+        held = ", ".join(one["target"] for one in skipped)
+        raise BackendUnavailable(
+            f"{bundle}: it holds {held} for {_BUILDER}, and no engine built of it on this device is in use; build and "
+            f"choose one: dpal-edge install {bundle} --backend {_BUILDER}"
+        )
     if not forms:
         choose_artifact(bundle, manifest, engine=engines[0] if engines else None)  # which says what is missing
         raise BackendUnavailable(f"{bundle}: nothing here runs it; try `dpal-edge install {bundle}`")
+    choice = None if engines and engines[0] != _BUILDER else installed
     return sorted(forms, key=lambda form: not _is_used(form, bundle, manifest, engines, choice)), skipped
 
 

@@ -303,8 +303,11 @@ def test_what_was_built_here_is_profiled_and_what_was_not_is_told(bundle):
     assert [one["target"] for one in skipped] == ["trt-fp16"]
     assert (forms[0].engine, forms[0].computes, forms[0].graph) == ("onnxruntime", None, None)
     assert {form.engine for form in forms} == {"onnxruntime", "openvino"}
-    with pytest.raises(BackendUnavailable, match="it holds trt-fp16"):
-        find_forms(bundle, replace(manifest, artifacts=(built,)), ())
+    assert find_forms(bundle, replace(manifest, artifacts=(built, *manifest.artifacts)), ("onnxruntime",))[1] == []
+    told = f"it holds trt-fp16 for tensorrt, .*: dpal-edge install {bundle} --backend tensorrt"
+    for artifacts, engines in (((built,), ()), ((built, *manifest.artifacts), ("tensorrt", "onnxruntime"))):
+        with pytest.raises(BackendUnavailable, match=told):
+            find_forms(bundle, replace(manifest, artifacts=artifacts), engines)
 
 
 @pytest.mark.parametrize(("text", "ms"), [("33ms", 33), ("33", 33), ("0.033s", 33), ("1.5 ms", 1.5), ("900us", 0.9)])
@@ -343,6 +346,12 @@ def test_what_install_chose_comes_first(bundle, tmp_path):
     write_record(bundle, choice, {})
     forms, skipped = find_forms(bundle, built, ())
     assert (forms[0].path, forms[0].graph, skipped) == (engine, bundle / "model.onnx", [])
+    [form] = find_forms(bundle, built, ("tensorrt",))[0]
+    assert (form.path, form.engine) == (engine, "tensorrt")
+    engines = ("tensorrt", "onnxruntime")
+    assert [form.engine for form in find_forms(bundle, built, engines)[0]] == [*engines]
+    assert [form.engine for form in find_forms(bundle, built, engines[::-1])[0]] == [*engines[::-1]]
+    assert {form.engine for form in find_forms(bundle, built, ("onnxruntime",))[0]} == {"onnxruntime"}
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 50])
