@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dpal_edge import __version__
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import BackendUnavailable, ConfigError
 from dpal_edge.files import write_text
 from dpal_edge.manifest import Manifest
 from dpal_edge.profile.curves import build_curves
 from dpal_edge.profile.footage import CLIP, Footage
-from dpal_edge.profile.forms import RANKED, Form, find_forms
+from dpal_edge.profile.forms import Form, find_forms, is_detector, ranked_images
 from dpal_edge.profile.layers import profile_layers
 from dpal_edge.profile.locking import locked_clocks, undisturbed
 from dpal_edge.profile.machine import describe_bundle, describe_machine
@@ -40,7 +40,6 @@ from dpal_edge.profile.session import (
     USED,
     CutOff,
     Session,
-    is_detector,
 )
 from dpal_edge.profile.telemetry import Telemetry
 from dpal_edge.runtime.detector import DefaultDetector
@@ -206,7 +205,10 @@ class _Run:
                     session.measure_placed(used, model, detector, PEOPLE_PER_CAMERA, cameras)
         for form in self._forms:
             session.measure_calls(form, manifest, images, people, USED if form is used else OTHERS)
-        whole = next((form for form in self._forms if form.engine == LEAVES_WORK_OUT), None)
+        if not any(measured.series.calls for measured in session.measured):
+            reasons = "; ".join(dict.fromkeys(one["reason"] for one in session.skipped))
+            raise BackendUnavailable(f"{self._bundle}: nothing here runs it ({reasons}); `dpal-edge doctor` tells more")
+        whole = next((form for form in session.timed_forms() if form.engine == LEAVES_WORK_OUT), None)
         if whole is not None and len(manifest.heads) > 1:
             session.measure_heads(whole, manifest, images)
         self._look_inside()
@@ -222,12 +224,15 @@ class _Run:
 
     def _look_inside(self) -> None:
         """Take the layers of what is used and of what is fastest here, and place the first's below the ceilings."""
-        used = self._forms[0]
-        for form in dict.fromkeys((used, self.session.fastest() or used)):
+        images = ranked_images(self._manifest)
+        shown = self._forms[0], self.session.fastest(images)
+        for form in (form for form in self.session.timed_forms() if form in shown):
             key = form.artifact if form.artifact not in self._layers else form.label
             self._layers[key] = profile_layers(
-                form.path, engine=form.engine, batch=RANKED, precision=form.computes, graph=form.graph
+                form.path, engine=form.engine, batch=images, precision=form.computes, graph=form.graph
             )
+        if not self._layers:
+            return
         first, *others = self._layers.values()
         memory_mb = self.session.telemetry.samples[-1].ram_total_mb
         self._roofline = build_roofline(first, find_ceilings(first, memory_mb=memory_mb), others=others)
@@ -255,4 +260,4 @@ class _Run:
             "roofline": self._roofline,
             "interrupted": interrupted,
         }
-        return {**report, "verdicts": find_verdicts(report)}
+        return {**report, "verdicts": find_verdicts(report, ranked_images(self._manifest))}

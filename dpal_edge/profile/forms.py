@@ -10,9 +10,18 @@ from dpal_edge.runtime.backend import ENGINES, Backend, open_backend, ways_to_ru
 from dpal_edge.runtime.installed import Choice, read_choice
 from dpal_edge.runtime.model import choose_artifact
 
-RANKED = 4  # images whose time ranks forms, as `dpal-edge install` has it
 _BUILT = "trt-fp16", "trt-int8"  # targets that `dpal-edge install` compiles
 _BUILDER = "tensorrt"  # the engine that it compiles them for
+
+
+def is_detector(manifest: Manifest) -> bool:
+    """Whether a bundle finds people instead of describing them, so that no pipeline can be made of it alone."""
+    return any(head.task == "detection" for head in manifest.heads)
+
+
+def ranked_images(manifest: Manifest) -> int:
+    """Return how many images a call has whose time ranks forms, as ``dpal-edge install`` has it."""
+    return 1 if is_detector(manifest) else 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from dpal_edge.manifest import HeadSpec
-from dpal_edge.profile.forms import RANKED
 from dpal_edge.profile.samples import Sample, throttling, total_power_mw
 from dpal_edge.profile.session import Measured, Session
 from dpal_edge.profile.statistics import Summary, interval, split_into_blocks
@@ -159,9 +158,14 @@ def describe_telemetry(session: Session) -> dict[str, Any]:
     }
 
 
-def find_verdicts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return ``report["verdicts"]``: what follows from the rest of the report, in sentences."""
-    found = [*_budget(report), *_faster(report["measurements"], report["bundle"]["used"])]
+def find_verdicts(report: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
+    """Return ``report["verdicts"]``: what follows from the rest of the report, in sentences.
+
+    Args:
+        report: all else of it.
+        images: of the calls whose time ranks forms.
+    """
+    found = [*_budget(report), *_faster(report["measurements"], report["bundle"]["used"], images)]
     state = report["machine"]["clock_state"]
     if state != "locked":
         how = "nothing here tells clocks" if state == "unknown" else "clocks are not locked"
@@ -200,10 +204,10 @@ def _budget(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [_verdict("budget", False, f"the budget of {budget:g} ms cannot be judged: nothing was measured")]
 
 
-def _faster(measurements: Sequence[Mapping[str, Any]], used: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _faster(measurements: Sequence[Mapping[str, Any]], used: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
     """Return a sentence if another form than the one that is used takes much less time."""
     calls = [m for m in measurements if m["what"] == "call" and m["clock"] == "host"]
-    nearest = min((m["batch"] for m in calls), key=lambda batch: abs(batch - RANKED), default=None)
+    nearest = min((m["batch"] for m in calls), key=lambda batch: abs(batch - images), default=None)
     ranked = [m for m in calls if m["batch"] == nearest]
     own = next((m for m in ranked if all(m[name] == value for name, value in used.items())), None)
     best = min(ranked, key=lambda m: m["ms"]["p50"], default=None)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpal_edge.errors import DpalEdgeError
 from dpal_edge.manifest import Manifest
 from dpal_edge.profile.footage import CLIP, PLACED, Footage, PlacedPeople
-from dpal_edge.profile.forms import RANKED, Form
+from dpal_edge.profile.forms import Form, ranked_images
 from dpal_edge.profile.sampler import Effort, Series
 from dpal_edge.profile.telemetry import Telemetry
 from dpal_edge.runtime.annotate import draw
@@ -94,10 +94,15 @@ class Session:
                 return measured
         return None
 
-    def fastest(self) -> Form | None:
-        """Return the form whose calls with four images, or the nearest number measured, take the least time."""
+    def timed_forms(self) -> list[Form]:
+        """Return the forms whose calls were measured, and that can be opened here therefore."""
+        calls = (m for m in self.measured if m.labels.what == "call" and m.series.calls)
+        return list(dict.fromkeys(m.labels.form for m in calls))
+
+    def fastest(self, images: int) -> Form | None:
+        """Return the form whose calls with so many images, or the nearest number measured, take the least time."""
         calls = [m for m in self.measured if m.labels.what == "call" and m.series.calls]
-        nearest = min((m.labels.batch or 0 for m in calls), key=lambda batch: abs(batch - RANKED), default=0)
+        nearest = min((m.labels.batch or 0 for m in calls), key=lambda batch: abs(batch - images), default=0)
         ranked = [m for m in calls if m.labels.batch == nearest]
         best = min(ranked, key=lambda m: float(np.median(m.series.timings_ms["host"])), default=None)
         return best.labels.form if best else None
@@ -149,11 +154,11 @@ class Session:
 
     def measure_heads(self, form: Form, manifest: Manifest, images: NDArray[np.uint8]) -> None:
         """Time a form with all heads, with all but each, and with each alone, in turns."""
-        heads, backend = manifest.heads, form.open()
+        heads, backend, count = manifest.heads, form.open(), ranked_images(manifest)
         names = [head.name for head in heads]
         wanted = {"all": names} | {f"without {name}": [n for n in names if n != name] for name in names}
         wanted |= {f"alone {name}": [name] for name in names}
-        feeds = {manifest.input.name: images[np.arange(RANKED) % len(images)]}
+        feeds = {manifest.input.name: images[np.arange(count) % len(images)]}
         clock = self._clock
 
         def step() -> dict[str, float]:
@@ -164,7 +169,7 @@ class Session:
                 timings[what] = 1e3 * (clock() - start)
             return timings
 
-        labels = Labels(what="heads", form=form, runner=backend.name, batch=RANKED, people=RANKED)
+        labels = Labels(what="heads", form=form, runner=backend.name, batch=count, people=count)
         self.measure(labels, step, clocks=(), decides="all", effort=TURNS)
 
     def measure_placed(
@@ -263,8 +268,3 @@ class Session:
         for sensor, found in celsius.items():
             if found >= self._max_celsius:
                 raise CutOff(f"cut off: sensor {sensor} is at {found:.0f} C, the limit is {self._max_celsius:.0f} C")
-
-
-def is_detector(manifest: Manifest) -> bool:
-    """Whether a bundle finds people instead of describing them, so that no pipeline can be made of it alone."""
-    return any(head.task == "detection" for head in manifest.heads)

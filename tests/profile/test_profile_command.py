@@ -20,7 +20,7 @@ from dpal_edge.manifest import HeadSpec, Manifest
 from dpal_edge.profile import command
 from dpal_edge.profile.command import Options, exit_code, parse_budget, parse_people
 from dpal_edge.profile.footage import Footage, PlacedPeople
-from dpal_edge.profile.forms import find_forms
+from dpal_edge.profile.forms import Form, find_forms
 from dpal_edge.profile.sampler import Effort
 from dpal_edge.profile.telemetry import Telemetry
 from dpal_edge.runtime.boxes import iou
@@ -109,6 +109,44 @@ def test_a_detector_has_calls_and_no_pipeline(tmp_path):
     assert {m["what"] for m in report["measurements"]} == {"call"}
     assert (report["stages"], report["sustained"], report["heads"]) == (None, None, None)
     assert "p95 of a call, images 1" in report["verdicts"][0]["text"] or "the slowest of a call" in done.stdout
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Engines that nothing opens with, though they are installed."""
+    names, opened = set(), Form.open
+
+    def refuse(form):
+        if form.engine in names:
+            raise BackendUnavailable(f"{form.path}: {form.engine} has no kernel for it")
+        return opened(form)
+
+    monkeypatch.setattr(Form, "open", refuse)
+    return names
+
+
+def test_a_form_that_does_not_open_ends_neither_heads_nor_layers(bundle, tmp_path, broken):
+    broken.add("onnxruntime")
+    write_record(bundle, Choice(target="onnx", engine="openvino", precision=None, file=None, sha256=""), {})
+    assert run(bundle, "--out", tmp_path / "out", "--people", "1").exit_code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [one["engine"] for one in report["skipped"]] == ["onnxruntime"]
+    assert (report["heads"], report["interrupted"]) == (None, None)
+
+
+def test_a_detector_whose_used_form_does_not_open(tmp_path, broken):
+    broken.add("onnxruntime")
+    folder = write_detector_bundle(tmp_path / "detector")
+    done = run(folder, "--out", tmp_path / "out", "--people", "1")
+    assert (done.exit_code, done.stderr) == (0, "")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bundle"]["used"]["engine"] == "onnxruntime"
+    assert [layers["engine"].split()[0] for layers in report["layers"].values()] == ["openvino"]
+    broken.add("openvino")
+    done = run(folder, "--out", tmp_path / "none", "--people", "1")
+    assert done.exit_code == 1
+    assert "detector: nothing here runs it (" in done.stderr
+    assert "onnxruntime has no kernel for it; " in done.stderr
 
 
 def test_ctrl_c_leaves_a_report(bundle, tmp_path, monkeypatch):

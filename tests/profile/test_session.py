@@ -11,7 +11,7 @@ from engines import FakeClock, FakeDeviceEngine, FakeEngine
 
 from dpal_edge.manifest import FileSpec, HeadSpec, InputSpec, Manifest, Stripped
 from dpal_edge.profile.curves import build_curves, find_knee
-from dpal_edge.profile.forms import Form
+from dpal_edge.profile.forms import Form, ranked_images
 from dpal_edge.profile.report import (
     describe_heads,
     describe_measurements,
@@ -286,14 +286,14 @@ def report_with(p95, **changes):
 
 
 def test_the_budget():
-    [held] = find_verdicts(report_with(32.0))
+    [held] = find_verdicts(report_with(32.0), 4)
     assert (held["passed"], held["text"]) == (
         True,
         "the budget of 33 ms holds: p95 from the frames of clip to drawn people is 32.00 ms",
     )
-    [missed] = find_verdicts(report_with(34.0))
+    [missed] = find_verdicts(report_with(34.0), 4)
     assert missed["passed"] is False
-    [nothing] = find_verdicts(report_with(32.0, measurements=[]))
+    [nothing] = find_verdicts(report_with(32.0, measurements=[]), 4)
     assert nothing["passed"] is False
 
 
@@ -305,10 +305,27 @@ def test_a_faster_form_is_named():
         for target, runner, ms in (("onnx", "ort 1", 40.0), ("int8", "ov 1", 10.0))
     ]  # fmt: skip
     options = {"budget_ms": None}
-    found = find_verdicts(report_with(1.0, measurements=calls, bundle={"used": used}, options=options))
+    found = find_verdicts(report_with(1.0, measurements=calls, bundle={"used": used}, options=options), 4)
     assert [verdict["kind"] for verdict in found] == ["form"]
     assert found[0]["text"].startswith("int8 with ov 1 takes 10.00 ms, images 4, what run uses takes 40.00 ms")
-    assert find_verdicts(report_with(1.0, measurements=calls[:1], bundle={"used": used}, options=options)) == []
+    assert find_verdicts(report_with(1.0, measurements=calls[:1], bundle={"used": used}, options=options), 4) == []
+
+
+@pytest.mark.parametrize(("task", "batch", "fastest"), [("pose", 4, "grows"), ("detection", 1, "steady")])
+def test_a_detector_is_ranked_by_one_image_and_all_else_by_four(tmp_path, clock, task, batch, fastest):
+    head = HeadSpec(name="boxes", task=task, shape=(5,))
+    manifest = replace(MANIFEST, heads=(head,))
+    with session_on(agx_orin(tmp_path), clock) as session:
+        for target, ms in (("steady", (3.0, 8.0)), ("grows", (5.0, 6.0))):
+            engine = FakeEngine(clock, lambda count, heads, ms=ms: ms[count > 1])
+            session.measure_calls(form(engine, target), manifest, IMAGES, (1, 4), QUICK)
+        assert session.fastest(ranked_images(manifest)).target == fastest
+        session.measure_heads(form(FakeEngine(clock, noisy(), heads=("boxes",))), manifest, IMAGES)
+        assert session.find("heads").labels.batch == batch
+        report = report_with(1.0, measurements=describe_measurements(session), options={"budget_ms": None})
+    report["bundle"]["used"] = {"target": {"grows": "steady", "steady": "grows"}[fastest]}
+    [verdict] = find_verdicts(report, ranked_images(manifest))
+    assert verdict["text"].startswith(f"{fastest} with fake 1.0 cpu takes")
 
 
 def test_energy_of_a_pc_is_counted_exactly(tmp_path, clock):
