@@ -9,6 +9,7 @@ import pytest
 from boards import agx_orin, orin_nx, pc, write
 from engines import FakeClock, FakeDeviceEngine, FakeEngine
 
+from dpal_edge.errors import ModelFileError
 from dpal_edge.manifest import FileSpec, HeadSpec, InputSpec, Manifest, Stripped
 from dpal_edge.profile.curves import build_curves, find_knee
 from dpal_edge.profile.forms import Form, ranked_images
@@ -77,14 +78,14 @@ def noisy(seed=0):
 
     def ms(count, heads):
         seen[count] = seen.get(count, 0) + 1
-        return (4 + 2 * count) * (1 + 0.05 * rng.normal()) * (10 if seen[count] < 4 else 1)
+        return (4 + 2 * count) * (1 + 0.05 * rng.normal()) * (10 if seen[count] < 5 else 1)
 
     return ms
 
 
 def test_it_recovers_what_the_engine_takes_by_both_clocks(tmp_path, clock):
     with session_on(agx_orin(tmp_path), clock) as session:
-        session.measure_calls(form(FakeDeviceEngine(clock, noisy())), MANIFEST, IMAGES, (1, 2, 4, 8, 16), USED)
+        session.measure_calls(form(FakeDeviceEngine(clock, noisy(2))), MANIFEST, IMAGES, (1, 2, 4, 8, 16), USED)
         found = describe_measurements(session)
     assert len(found) == 10
     held = 0
@@ -110,6 +111,36 @@ def test_an_engine_without_a_clock_gets_none_made_up(tmp_path, clock):
     assert session.clocks_told == {"fake 1.0 cpu": "no clock of its own: the host's alone"}
 
 
+@pytest.mark.parametrize(
+    ("task", "batches", "first"), [("pose", (1, 2, 8), 8), ("pose", (1,), 2), ("detection", (1, 8), 1)]
+)
+def test_people_come_in_numbers_before_one_is_timed_alone(tmp_path, clock, task, batches, first):
+    came = []
+
+    def ms(count, heads):
+        came.append(count)
+        return 5.0
+
+    manifest = replace(MANIFEST, heads=(HeadSpec(name="boxes", task=task, shape=(5,)),))
+    with session_on(agx_orin(tmp_path), clock) as session:
+        session.measure_calls(form(FakeEngine(clock, ms)), manifest, IMAGES, batches, QUICK)
+        assert [m["batch"] for m in describe_measurements(session)] == [*batches]
+    assert came[0] == first
+    assert set(came[1 : QUICK.least_calls]) == {1}
+
+
+def test_a_number_of_images_that_fails_costs_no_other(tmp_path, clock):
+    def ms(count, heads):
+        if count == 8:
+            raise ModelFileError("out of memory")
+        return 5.0
+
+    with session_on(agx_orin(tmp_path), clock) as session:
+        session.measure_calls(form(FakeEngine(clock, ms)), MANIFEST, IMAGES, (1, 2, 8), QUICK)
+        assert [m["batch"] for m in describe_measurements(session)] == [1, 2]
+        assert [one["reason"] for one in session.skipped] == ["out of memory"]
+
+
 def test_outliers_are_shown(tmp_path, clock):
     calls = iter(range(10_000))
     engine = FakeEngine(clock, lambda count, heads: 300.0 if next(calls) in (60, 70) else 5 + 0.1 * np.random.rand())
@@ -125,7 +156,7 @@ def test_ctrl_c_keeps_the_calls_that_were_made(tmp_path, clock):
     calls = iter(range(10_000))
 
     def ms(count, heads):
-        if next(calls) == 45:
+        if next(calls) == 46:  # the first call is not counted
             raise KeyboardInterrupt
         return 5.0
 
@@ -187,7 +218,7 @@ def test_too_hot_ends_it_and_keeps_what_was_measured(tmp_path, clock):
     with session_on(root, clock, max_celsius=80.0) as session:
 
         def ms(count, heads):
-            if next(calls) == 50:
+            if next(calls) == 51:  # the first call is not counted
                 write(root, {"sys/class/thermal/thermal_zone1/temp": 81_500})
                 session.telemetry.sample()
             return 10.0
