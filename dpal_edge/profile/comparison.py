@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from dpal_edge.profile.statistics import significant_changes
 from dpal_edge.profile.wording import as_count
 
 _KEY = ("what", "source", "placed", "target", "engine", "computes", "batch", "people", "cameras", "clock")
+# What must be the same in both reports, and what is noted where it differs.
 _SAME = ("machine model", "machine cpu", "machine cores", "machine gpus", "machine power_mode", "bundle name",
          "bundle input", "bundle heads")  # fmt: skip
+_NOTED = {"machine engines": "engines", "machine os": "system", "machine clock_state": "clocks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def compare(before: Path, after: Path, *, threshold: float) -> Comparison:
     old, new = read_report(before), read_report(after)
     for place in _SAME:
         section, _, key = place.partition(" ")
-        found, expected = new[section].get(key), old[section].get(key)
+        found, expected = new[section][key], old[section][key]
         if found != expected:
             raise ConfigError(
                 f"{after} cannot be compared with {before}: {key} of the {section} is {_short(found)}, expected "
@@ -114,9 +116,31 @@ def read_report(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error}); expected a report.json of dpal-edge profile") from error
     found = report.get("schema") if isinstance(report, dict) else None
-    if found != SCHEMA or "measurements" not in report:
+    if found != SCHEMA:
         raise DataError(f"{file}: schema {found}, expected a profile of schema {SCHEMA}; profile again")
+    try:
+        _require_whole(report)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{file}: a damaged report ({type(error).__name__}: {error}), expected what dpal-edge profile wrote; "
+            f"profile again"
+        ) from error
     return dict(report)
+
+
+def _require_whole(report: Mapping[str, Any]) -> None:
+    """Touch all that a comparison reads; an error tells what is missing or of another type."""
+    for place in (*_SAME, *_NOTED, "bundle sha256", "telemetry throttled"):
+        section, _, key = place.partition(" ")
+        report[section][key]
+    report["interrupted"]
+    for measurement in report["measurements"]:
+        ms = measurement["ms"]
+        if not (ms["p50"] > 0 and all(isfinite(value) for value in (ms["p50"], *ms["blocks"]))):
+            raise ValueError(f"a median of {ms['p50']} ms, or of a block, is no time")
+        "".join(measurement["flags"])
+        for key in _KEY:
+            measurement[key]
 
 
 def _by_key(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -143,8 +167,9 @@ def _notes(
     """Return what differs and does not forbid a comparison."""
     differs = old["bundle"]["sha256"] != new["bundle"]["sha256"]
     notes = ["the bundles differ, of the same architecture"] * differs
-    for key, what in (("engines", "engines"), ("os", "system"), ("clock_state", "clocks")):
-        was, now = old["machine"][key], new["machine"][key]
+    for place, what in _NOTED.items():
+        section, _, key = place.partition(" ")
+        was, now = old[section][key], new[section][key]
         notes += [f"{what}: {_short(was)}, now {_short(now)}"] * (was != now)
     for report, when, alone in ((old, "first", first.keys() - second), (new, "second", second.keys() - first)):
         notes += [f"measured only in the {when} report: {len(alone)}"] * bool(alone)

@@ -155,12 +155,36 @@ def test_what_else_differs_is_noted(write):
 
 
 @pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda r: r["machine"].pop("cpu"), "KeyError: 'cpu'"),
+        (lambda r: r.pop("interrupted"), "KeyError: 'interrupted'"),
+        (lambda r: r["measurements"][0].pop("cameras"), "KeyError: 'cameras'"),
+        (lambda r: r["measurements"][0]["ms"].pop("blocks"), "KeyError: 'blocks'"),
+        (lambda r: r["measurements"][0]["ms"].update(p50=0.0), "ValueError: a median of 0.0 ms, or of a block"),
+        (lambda r: r["measurements"][0]["ms"].update(blocks=[float("nan")]), "or of a block, is no time"),
+        (lambda r: r["measurements"][0].update(flags=None), "TypeError"),
+        (lambda r: r.update(measurements=7), "TypeError"),
+        (lambda r: r.update(telemetry=[]), "TypeError"),
+    ],
+)
+def test_a_damaged_report_is_an_error_in_a_line(write, damage, told):
+    whole = report(measurement(1.0))
+    damaged = deepcopy(whole)
+    damage(damaged)
+    with pytest.raises(DataError, match=r"report\.json: a damaged report \(.*profile again$") as error:
+        compare(write("a", whole), write("b", damaged), threshold=5.0)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         (None, "No such file"),
         ("{", "not JSON"),
         ('{"schema": 7}', "schema 7, expected a profile of schema 1"),
         ("[]", "schema None"),
+        ('{"schema": 1, "measurements": []}', r"a damaged report \(KeyError: 'machine'\), expected what dpal-edge .*"),
     ],
 )
 def test_what_is_no_report(tmp_path, write, text, told):
