@@ -224,7 +224,7 @@ def advise(
         found.append((layers["plain_ms"], f"INT8 is slower here: {layers['plain_ms']:.2f} ms, and {best['file']} on "
                       f"{best['engine']} takes {best['plain_ms']:.2f} ms; use that"))  # fmt: skip
     if (outside := layers["unaccounted_share"]) > _MUCH_OUTSIDE:
-        found.append((outside * layers["sum_ms"], f"{outside:.0%} of a call is outside of kernels (starting them, "
+        found.append((outside * layers["host_ms"], f"{outside:.0%} of a call is outside of kernels (starting them, "
                       "copies, Python); larger batches share that"))  # fmt: skip
     reasons: dict[str, float] = {}
     for group in groups:

@@ -132,6 +132,14 @@ def test_time_outside_of_kernels():
     assert any(sentence.startswith("30% of a call is outside of kernels") for sentence in advice)
 
 
+def test_time_outside_of_kernels_is_of_the_call():
+    """3 of 5 ms are outside of kernels, more than the 2 ms that kernels take to move data."""
+    moving = entry(group(movement_ms=2.0), host_ms=5.0, unaccounted_share=0.6)
+    first, second, *_ = build_roofline(moving, DEVICE)["advice"]
+    assert first.startswith("60% of a call is outside of kernels")
+    assert second.startswith("moving data")
+
+
 def test_unknown_work_and_unknown_ceilings():
     unknown = dict.fromkeys(("operations", "int8_operations", "weight_bytes", "activation_bytes", "half_weight_bytes"))
     found = build_roofline(entry(group(**unknown), attention=None), DEVICE)
