@@ -167,10 +167,12 @@ def _read_onnx(path: Path, batch: int) -> Graph:
         stored = dict(_stored(part) for number, part in parts if number == _INITIALIZER)
         nodes = [_node(part, i) for i, part in enumerate(part for number, part in parts if number == _NODE)]
         outputs = [_text(part, _VALUE_NAME) for number, part in parts if number == _OUTPUT]
+        stored |= {
+            op.outputs[0]: op.settings["value"] for op in nodes if op.kind == "Constant" and "value" in op.settings
+        }
+        ops = [op for op in nodes if op.outputs[0] not in stored]
     except (IndexError, TypeError, ValueError, OSError) as error:
         raise ModelFileError(f"{path}: not an ONNX file, or a damaged one; export the model again") from error
-    stored |= {op.outputs[0]: op.settings["value"] for op in nodes if "value" in op.settings}
-    ops = [op for op in nodes if op.outputs[0] not in stored]
     entered, made = _run_once(path, batch)
     tensors = stored | entered
     for op in ops:

@@ -117,6 +117,38 @@ def test_int8(small, tmp_path):
         assert weights <= work.weight_bytes <= weights + 32  # scales and zero points
 
 
+def test_what_is_filled_is_no_stored_value(small, tmp_path):
+    """A tensor of 16 x 8 that the graph fills with a value of its own, beside a Constant of one value."""
+    model = onnx.load(small)
+    value = numpy_helper.from_array(np.array([0.5], np.float32), "value")
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["sides"], "sides", value_ints=[16, 8]),
+        onnx.helper.make_node("ConstantOfShape", ["sides"], ["filled"], "fill", value=value),
+        onnx.helper.make_node("Constant", [], ["half"], "half", value=value),
+        onnx.helper.make_node("Mul", ["filled", "half"], ["quarters"], "halve"),
+        onnx.helper.make_node("Add", ["x1", "quarters"], ["x1_more"], "add_quarters"),
+    ]
+    position = next(i for i, node in enumerate(model.graph.node) if node.name == "norm_2")
+    for i, node in enumerate(nodes):
+        model.graph.node.insert(position + i, node)
+    model.graph.node[position + len(nodes)].input[0] = "x1_more"
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "filled.onnx")
+    graph = READERS["onnxruntime"](tmp_path / "filled.onnx", 2)
+    assert "half" in graph.constants
+    assert "filled" not in graph.constants
+    assert graph.tensors["filled"].shape == (16, 8)
+    assert "fill" in {op.name for op in graph.ops}
+
+
+def test_a_node_without_outputs_is_damage(small, tmp_path):
+    model = onnx.load(small)
+    del model.graph.node[3].output[:]
+    (tmp_path / "damaged.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ModelFileError, match=r"damaged\.onnx"):
+        READERS["onnxruntime"](tmp_path / "damaged.onnx", 1)
+
+
 def test_work_is_all_there(graph):
     total = sum((graph.work(group).operations for group in set(graph.groups.values())), 0)
     assert total == 2 * sum(MACS.values())
