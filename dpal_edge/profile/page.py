@@ -12,7 +12,7 @@ from typing import Any
 from dpal_edge.html import bars, page, table
 from dpal_edge.profile.page_blocks import conditions, show_layers, show_roofline
 from dpal_edge.profile.plots import COLOURS, Axis, Plot, axis, grid, stacked_bar
-from dpal_edge.profile.wording import as_count, as_decimal, as_html, as_ms, or_dash
+from dpal_edge.profile.wording import as_count, as_decimal, as_html, as_ms, as_passes, or_dash
 
 _Report = Mapping[str, Any]
 
@@ -97,7 +97,7 @@ def _numbers(report: _Report) -> Iterable[tuple[str, str, object]]:
     for one in _of_used(report, "pipeline"):
         if not one.get("placed"):
             key = "p95" if one["ms"]["p95"] is not None else "max"
-            text = f"{key} from a frame to drawn people, {as_decimal(one['people'])} per frame"
+            text = f"{key} from {_pass(one)} to drawn people, {as_decimal(one['people'])} per frame"
             yield f"{as_ms(one['ms'][key])} ms", text, one.get("flags")
             break
     energy = (report.get("telemetry") or {}).get("per_frame") or {}
@@ -157,7 +157,7 @@ def _cells(m: Mapping[str, Any]) -> dict[str, str]:
     ms = m["ms"]
     ends, outliers = ms.get("ci95"), (ms.get("outliers") or {}).get("count")
     return {
-        "of": "a frame" if m["what"] == "pipeline" else _what(m).removeprefix("a call with "),
+        "of": _pass(m) if m["what"] == "pipeline" else _what(m).removeprefix("a call with "),
         **{key: as_ms(ms.get(key)) for key in ("p50", "p90", "p95", "p99", "max", "mean")},
         "± (95 %)": as_ms((ends[1] - ends[0]) / 2) if ends else "-",
         "calls": str(ms["n"]),
@@ -212,7 +212,7 @@ def _stages(report: _Report) -> list[str]:
         return []
     own = [s for s in stages["stages"] if s["name"] not in ("total", "age")]
     total = sum(s["ms"]["p50"] for s in own) or 1.0
-    source = f"{stages['source']}, {stages['frames']} frames, {as_decimal(stages['people'])} people per frame"
+    source = f"{stages['source']}, {as_passes(stages)}, {as_decimal(stages['people'])} people per frame"
     rows = [
         [s["name"], *(as_ms(s["ms"].get(key)) for key in ("p50", "p95", "max")),
          f"{s['ms']['p50'] / total:.0%}" if s in own else ""]
@@ -442,9 +442,14 @@ def _what(m: Mapping[str, Any]) -> str:
         return f"a call with {as_count(m['batch'], 'image')}"
     number = m.get("people")
     people = "" if number is None else f"{as_decimal(number)} {'person' if number == 1 else 'people'}"
-    cameras = f"{m['cameras']} cameras" if (m.get("cameras") or 1) > 1 else ""
     source = "" if m.get("placed") else m.get("source")
-    return ", ".join(filter(None, ("a frame" if m["what"] == "pipeline" else m["what"], source, people, cameras)))
+    per_frame = " per frame" * bool(people and source)
+    return ", ".join(filter(None, (_pass(m) if m["what"] == "pipeline" else m["what"], source, people + per_frame)))
+
+
+def _pass(m: Mapping[str, Any]) -> str:
+    """Return what a pipeline took at a time."""
+    return f"a pass over {m['cameras']} cameras" if (m.get("cameras") or 1) > 1 else "a frame"
 
 
 def _form(one: Mapping[str, Any]) -> str:

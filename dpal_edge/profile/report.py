@@ -53,7 +53,8 @@ def describe_stages(measured: Measured | None, telemetry: Telemetry) -> dict[str
     return {
         "source": measured.labels.source,
         "runner": measured.labels.runner,
-        "frames": measured.series.calls,
+        "passes": measured.series.calls,
+        "frames": measured.frames,
         "people": _people(measured),
         "stages": [
             {"name": name, "ms": Summary.of(timings[key], warm=True).to_dict()}
@@ -105,10 +106,11 @@ def describe_sustained(measured: Measured | None) -> dict[str, Any] | None:
     """
     if measured is None:
         return None
-    at, glass, detect = (np.array(measured.series.timings_ms[name]) for name in ("at", "glass", "detect"))
+    timings = {name: np.array(values) for name, values in measured.series.timings_ms.items()}
+    at, glass, detect, frames = (timings[name] for name in ("at", "glass", "detect", "frames"))
     window = max(1.0, float(at[-1]) / _MOST_POINTS)
     places = (at / window).astype(int)
-    windows = [(float(place * window), glass[places == place]) for place in dict.fromkeys(places.tolist())]
+    windows = [(float(place * window), places == place) for place in dict.fromkeys(places.tolist())]
     span = min(_FIRST_S, at[-1] / 2)
     first, last = detect[at <= span], detect[at >= at[-1] - span]
     early, late = float(np.median(first)) if len(first) else float(detect[0]), float(np.median(last))
@@ -117,8 +119,8 @@ def describe_sustained(measured: Measured | None) -> dict[str, Any] | None:
         "window_s": window,
         "series": {
             "time_s": [start for start, _ in windows],
-            "p50_ms": [round(float(np.median(values)), 4) for _, values in windows],
-            "frames": [len(values) for _, values in windows],
+            "p50_ms": [round(float(np.median(glass[inside])), 4) for _, inside in windows],
+            "frames": [int(frames[inside].sum()) for _, inside in windows],
         },
         "first_p50_ms": round(early, 4),
         "last_p50_ms": round(late, 4),
@@ -140,7 +142,7 @@ def describe_telemetry(session: Session) -> dict[str, Any]:
     """Return ``report["telemetry"]``; energy per frame and person is that of the pipeline on its source."""
     telemetry, on_source = session.telemetry, session.find("pipeline")
     samples = list(telemetry.samples)
-    frames = on_source.series.calls if on_source else 0
+    frames = on_source.frames if on_source else 0
     drawn = telemetry.energy_j(on_source.start_s, on_source.end_s) if on_source and frames else {}
     people = on_source.people if on_source else 0
     return {
@@ -225,10 +227,10 @@ def _verdict(kind: str, passed: bool | None, text: str) -> dict[str, Any]:
 
 
 def _people(measured: Measured) -> float | None:
-    """Return people per frame: those that were asked for, or found."""
-    if measured.labels.people is not None or not measured.series.calls:
+    """Return the people of a call or pass that were asked for, or those that were found per frame."""
+    if measured.labels.people is not None:
         return measured.labels.people
-    return round(measured.people / measured.series.calls, 3)
+    return round(measured.people / measured.frames, 3)
 
 
 def _flags(summary: Summary, measured: Measured, telemetry: Telemetry) -> list[str]:
@@ -256,10 +258,10 @@ def others_share(measured: Measured, samples: Sequence[Sample]) -> float:
 
 
 def _energy(measured: Measured, telemetry: Telemetry) -> dict[str, dict[str, float | None]] | None:
-    """Return by meter the joules of a call and of a person."""
-    calls, people = measured.series.calls, _people(measured)
+    """Return by meter the joules of a call or pass, and of a person."""
+    calls, people = measured.series.calls, measured.people
     return {
-        meter: {"call": round(joules / calls, 6), "person": round(joules / calls / people, 6) if people else None}
+        meter: {"call": round(joules / calls, 6), "person": round(joules / people, 6) if people else None}
         for meter, joules in telemetry.energy_j(measured.start_s, measured.end_s).items()
     } or None
 

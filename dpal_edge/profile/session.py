@@ -61,7 +61,18 @@ class Measured:
     end_s: float = inf
     cpu_s: float = 0.0  # that this process took meanwhile, over all its threads
     series: Series = field(default_factory=Series)
-    people: int = 0  # that were found in all
+
+    @property
+    def frames(self) -> int:
+        """Return the frames of all passes of a pipeline, each of which takes one of each camera that has one."""
+        return int(sum(self.series.timings_ms["frames"]))
+
+    @property
+    def people(self) -> float:
+        """Return the people of all calls or passes: those that were asked for, or found."""
+        if self.labels.people is not None:
+            return self.labels.people * self.series.calls
+        return sum(self.series.timings_ms["people"])
 
 
 class Session:
@@ -209,12 +220,8 @@ class Session:
         with closing(Footage(sources)) as footage:
             labels = Labels(what="pipeline" if minutes is None else "sustained", form=form, runner=pipeline.name,
                             source=footage.name, cameras=len(sources))  # fmt: skip
-            found: list[int] = []
-            step = self._glass(pipeline, footage, found)
-            try:
-                return self.measure(labels, step, clocks=("glass",), decides="glass", effort=effort, warm=True)
-            finally:
-                self.measured[-1].people = sum(found)
+            step = self._glass(pipeline, footage)
+            return self.measure(labels, step, clocks=("glass",), decides="glass", effort=effort, warm=True)
 
     def _call(self, backend: Backend, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], dict[str, float]]:
         """Return what makes one call, timed by the host and by the engine if it has a clock."""
@@ -236,10 +243,11 @@ class Session:
 
         return step
 
-    def _glass(
-        self, pipeline: Pipeline, footage: Footage, found: list[int] | None = None
-    ) -> Callable[[], dict[str, float]]:
-        """Return what takes the next frames from a source to people drawn on them, timed by stage."""
+    def _glass(self, pipeline: Pipeline, footage: Footage) -> Callable[[], dict[str, float]]:
+        """Return what takes the next frames from sources to people drawn on them, timed by stage.
+
+        What it returns holds besides when that was, in seconds, and how many frames and people there were.
+        """
         clock = self._clock
         began = clock()
 
@@ -253,8 +261,6 @@ class Session:
             for name, frame in frames.items():
                 draw(frame.image, people[name])
             end, now = clock(), time.monotonic()
-            if found is not None:
-                found.append(sum(map(len, people.values())))
             age = 1e3 * max(now - frame.captured for frame in frames.values())
             return {
                 "glass": age if footage.live else 1e3 * (end - start),
@@ -263,6 +269,8 @@ class Session:
                 "draw": 1e3 * (end - looked),
                 "age": age,
                 "at": end - began,
+                "frames": len(frames),
+                "people": sum(map(len, people.values())),
             }
 
         return step

@@ -5,6 +5,8 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from dpal_edge.profile.wording import as_passes
+
 _PASSED = {True: "ok", False: "FAILED", None: "note"}
 _NUMBERS = ("p50", "+-", "p90", "p95", "p99", "max", "mean", "+-", "calls", "far out", "marks")
 _EACH = {"batch": "image", "people": "person", "cameras": "camera"}
@@ -42,7 +44,7 @@ def _pipelines(measurements: Sequence[Mapping[str, Any]], marks: Mapping[str, st
     rows = []
     for m in measurements:
         known = m["people"] is not None and not m["placed"]
-        told = f"{m['source']}, {m['people']:.1f} people" if known else f"{m['source']}: {m['people']}"
+        told = f"{m['source']}, {m['people']:.1f} people a frame" if known else f"{m['source']}: {m['people']}"
         rows.append([f"{m['what']}, {told}", *_numbers(m["ms"]), _marks([m], marks)])
     return _table(["ms from frame to drawn people (glass)", *_NUMBERS], rows)
 
@@ -64,7 +66,7 @@ def _stages(stages: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     if stages is None:
         return ""
     told = ", ".join(f"{stage['name']} {_ms(stage['ms']['mean'])}" for stage in stages["stages"])
-    return f"mean ms of {stages['frames']} frames of {stages['source']}: {told} {_marks([stages], marks)}"
+    return f"mean ms of {as_passes(stages)} of {stages['source']}: {told} {_marks([stages], marks)}"
 
 
 def _curve(curve: Mapping[str, Any], marks: Mapping[str, str]) -> str:

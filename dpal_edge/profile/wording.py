@@ -1,12 +1,21 @@
 """How numbers and sentences are written for people; what is unknown is a dash."""
 
 import re
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 
 def as_count(number: int, one: str, many: str = "") -> str:
     """Write a number of things: "1 image", "2 images"."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def as_passes(stages: Mapping[str, Any]) -> str:
+    """Write how often what was measured: frames of one camera, or passes over those of several."""
+    frames, passes = stages["frames"], stages["passes"]
+    told = as_count(frames, "frame")
+    return told if frames == passes else f"{as_count(passes, 'pass', 'passes')} over {told}"
 
 
 def as_ms(value: float | None) -> str:

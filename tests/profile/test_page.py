@@ -89,7 +89,7 @@ def report():
                   "batch": 4, "note": "a note", "all": summary(60.0), "separate_ms": 200.0, "saving": 0.7,
                   "heads": [{"name": "pose", "task": "pose", "alone": summary(50.0), "without": summary(56.0),
                              "marginal_ms": 4.0, "marginal_ci95": [3.6, 4.4], "share": 0.07}]},
-        "stages": {"source": "walk.mp4", "frames": 300, "people": 2.5, "runner": "openvino",
+        "stages": {"source": "walk.mp4", "passes": 300, "frames": 300, "people": 2.5, "runner": "openvino",
                    "stages": [{"name": name, "ms": summary(ms)} for name, ms in
                               (("video", 2.0), ("model", 8.0), ("total", 10.0), ("age", 9.0))]},
         "sustained": {"minutes": 5.0, "window_s": 1.0, "first_p50_ms": 18.0, "last_p50_ms": 20.0, "slower": 0.11,
@@ -158,6 +158,16 @@ def test_all_is_there(report):
         "GPU 306 to 1020 MHz",
     ):  # fmt: skip
         assert expected in text, expected
+
+
+def test_passes_over_several_cameras_are_no_frames(report):
+    report["stages"].update(passes=150, source="a + b")
+    report["measurements"][-1].update(cameras=2, source="a + b")
+    text, html = read(report)
+    assert "a + b, 150 passes over 300 frames, 2.5 people per frame" in text
+    assert "from a pass over 2 cameras to drawn people" in text
+    assert "glass: a pass over 2 cameras, a + b, 2.5 people per frame" in html
+    assert "a frame, a + b" not in html
 
 
 def test_numbers_are_those_of_the_report(report):

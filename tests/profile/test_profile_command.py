@@ -19,10 +19,11 @@ from dpal_edge.files import sha256_of
 from dpal_edge.manifest import HeadSpec, Manifest
 from dpal_edge.profile import command
 from dpal_edge.profile.command import Options, exit_code, parse_budget, parse_people
-from dpal_edge.profile.footage import Footage, PlacedPeople
+from dpal_edge.profile.footage import CLIP, Footage, PlacedPeople
 from dpal_edge.profile.forms import Form, find_forms
 from dpal_edge.profile.sampler import Effort
 from dpal_edge.profile.telemetry import Telemetry
+from dpal_edge.profile.wording import as_passes
 from dpal_edge.runtime.boxes import iou
 from dpal_edge.runtime.installed import Choice, write_record
 from tests.runtime.tiny_bundle import write_bundle, write_detector_bundle, write_heads_bundle
@@ -88,6 +89,17 @@ def test_a_whole_profile(bundle, tmp_path):
     assert "the budget of 10000 ms holds" in done.stdout
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.startswith("<!doctype html>")
+
+
+def test_two_sources(bundle, tmp_path):
+    clip = ("--source", CLIP)
+    done = run(bundle, "--out", tmp_path / "out", *clip, *clip, "--people", "1", "--backend", "onnxruntime")
+    assert done.exit_code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    stages = report["stages"]
+    assert stages["passes"] < stages["frames"] <= 2 * stages["passes"]
+    assert f"mean ms of {as_passes(stages)} of people-detection" in done.stdout
+    assert "a pass over 2 cameras" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_json_a_missed_budget_and_one_engine(bundle, tmp_path):

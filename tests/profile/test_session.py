@@ -16,6 +16,7 @@ from dpal_edge.profile.forms import Form, ranked_images
 from dpal_edge.profile.report import (
     describe_heads,
     describe_measurements,
+    describe_stages,
     describe_sustained,
     describe_telemetry,
     find_verdicts,
@@ -182,6 +183,35 @@ def test_energy_of_a_call_and_of_a_person(tmp_path, clock):
     ]
 
 
+def test_frames_of_several_sources_are_counted_one_by_one(tmp_path, clock):
+    """Passes of 10 ms over two frames with three people in all, but a last one over a single frame with nobody."""
+    with session_on(orin_nx(tmp_path), clock) as session:
+        passes = iter([(2, 3)] * 99 + [(1, 0)])
+
+        def step():
+            clock.pass_ms(10)
+            frames, people = next(passes)
+            stages = dict.fromkeys(("glass", "detect", "model"), 10.0)
+            return {**stages, "age": 10.0, "at": clock(), "frames": frames, "people": people}
+
+        for what in ("pipeline", "sustained"):
+            passes = iter([(2, 3)] * 99 + [(1, 0)])
+            labels = Labels(what=what, form=form(FakeEngine(clock, noisy())), runner="fake", source="a + b", cameras=2)
+            session.measure(labels, step, clocks=("glass",), decides="glass", effort=QUICK, warm=True)
+        [measurement, _] = describe_measurements(session)
+        told = describe_telemetry(session)
+        stages = describe_stages(session.find("pipeline"), session.telemetry)
+        sustained = describe_sustained(session.find("sustained"))
+    joules = 4.984 * 1.856 * 0.01  # of a pass
+    assert measurement["people"] == stages["people"] == pytest.approx(297 / 199, abs=1e-3)
+    assert measurement["energy_j"]["total"]["call"] == pytest.approx(joules, rel=1e-3)
+    assert measurement["energy_j"]["total"]["person"] == pytest.approx(joules * 100 / 297, rel=1e-3)
+    assert told["per_frame"]["total"] == pytest.approx(joules * 100 / 199, rel=1e-3)
+    assert told["per_person"]["total"] == pytest.approx(joules * 100 / 297, rel=1e-3)
+    assert (stages["passes"], stages["frames"]) == (100, 199)
+    assert sum(sustained["series"]["frames"]) == 199
+
+
 def test_throttling_marks_the_numbers_that_were_taken_meanwhile(tmp_path, clock):
     root = agx_orin(tmp_path)
     write(root, {"sys/devices/platform/gpu.0/load": 990})
@@ -251,7 +281,7 @@ def test_a_run_that_grows_slower(tmp_path, clock):
         def step():
             ms = 20.0 if clock() < 150 else 25.0
             clock.pass_ms(ms)
-            return {"glass": 2 * ms, "detect": ms, "at": clock()}
+            return {"glass": 2 * ms, "detect": ms, "at": clock(), "frames": 1, "people": 0}
 
         labels = Labels(
             what="sustained", form=form(FakeEngine(clock, noisy())), runner="fake", source="clip", cameras=1
