@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dpal_edge import __version__
 from dpal_edge.errors import BackendUnavailable, ConfigError, DpalEdgeError
@@ -312,7 +313,11 @@ def install(bundle: Path, backend: str | None, as_json: bool) -> None:
     "--backend", "backends", multiple=True, metavar="NAME", help="Engine to try; by default all that run here."
 )
 @click.option("--minutes", type=float, metavar="M", help="Run so long, to see the heat.")
-@click.option("--budget", metavar="TIME", help="That p95 of a frame may take, such as 33ms; exit 2 if it takes more.")
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="That p95 of a frame may take, such as 33ms, or 33, which are milliseconds; exit 2 if it takes more.",
+)
 @click.option("--lock-clocks", is_flag=True, help="Hold clocks at their highest meanwhile; needs root.")
 @click.option(
     "--max-celsius",
@@ -328,7 +333,10 @@ def install(bundle: Path, backend: str | None, as_json: bool) -> None:
     "--threshold", default=15.0, show_default=True, metavar="PERCENT", help="Of --compare: slower by more is exit 2."
 )
 @_json_option
+@click.pass_context
 def profile(
+    context: click.Context,
+    /,
     bundle: Path | None,
     out: Path | None,
     people: str,
@@ -340,8 +348,11 @@ def profile(
 ) -> None:
     """Measure what BUNDLE costs on this device: latency by three clocks, power, heat; or compare two reports."""
     if compare is not None:
-        if bundle is not None:
-            raise ConfigError(f"{bundle} came with --compare, expected the two reports alone")
+        for parameter in context.command.params:
+            given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+            if given and parameter.name not in ("compare", "threshold", "as_json"):
+                name = parameter.opts[0]
+                raise ConfigError(f"{name} came with --compare, expected the two reports alone; leave it out")
         from dpal_edge.profile import comparison  # only this command pays for it
 
         changes = comparison.compare(*compare, threshold=threshold)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import inf
@@ -137,10 +137,11 @@ def profile(
     """
     manifest = Manifest.read(bundle)
     forms, skipped = find_forms(bundle, manifest, options.backends)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file, expected a folder to write report.json and report.html into")
-    out.mkdir(parents=True, exist_ok=True)
+    sources = options.sources or (str(CLIP),)
+    if not is_detector(manifest):
+        Footage(sources).close()  # a wrong source is an error now
     with ExitStack() as stack:
+        stack.enter_context(_folder(out))
         if options.lock_clocks:
             stack.enter_context(locked_clocks(say))
         telemetry = stack.enter_context(telemetry or Telemetry.open())
@@ -171,6 +172,26 @@ def profile(
     return report
 
 
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make a folder; where nothing is written into it, it and what was made above it are gone at the end."""
+    made = []
+    try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be made ({error.strerror}), expected a folder to write report.json and report.html into; "
+            f"choose another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds the report
+            for folder in made:
+                folder.rmdir()
+
+
 def _count_steps(manifest: Manifest, forms: int, options: Options) -> int:
     """Return how many things will be measured, as far as they can run."""
     calls = forms * len(options.people) + (len(manifest.heads) > 1)
@@ -196,7 +217,6 @@ class _Run:
         images, _ = read_goldens(self._bundle, manifest)
         used, sources = self._forms[0], self._options.sources or (str(CLIP),)
         if not is_detector(manifest):
-            Footage(sources).close()  # a wrong source is an error now
             with self._open_pipeline() as (model, detector):
                 for count in people:  # known numbers first: that warms up all sizes
                     session.measure_placed(used, model, detector, count)

@@ -195,6 +195,20 @@ def test_an_error_in_the_end_costs_nothing_that_was_measured(bundle, tmp_path, m
     assert any(m["what"] == "call" for m in report["measurements"])
 
 
+@pytest.mark.parametrize("mistake", [("--source", "none.mp4"), ("--lock-clocks",)])
+def test_what_ends_it_before_it_begins_leaves_no_folder(bundle, tmp_path, monkeypatch, mistake):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(bundle, "--out", tmp_path / "new" / "out", *mistake).exit_code == 1
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    assert run(bundle, "--out", tmp_path / "old" / "out", *mistake).exit_code == 1
+    assert [*(tmp_path / "old").iterdir()] == []
+
+
+def test_a_budget_without_a_unit_is_told_to_be_milliseconds():
+    assert "or 33, which are milliseconds" in " ".join(run("--help").stdout.split())
+
+
 @pytest.mark.parametrize(("broken", "kept"), [("render_page", "report.json"), ("json.dumps", "report.html")])
 def test_neither_file_is_lost_through_the_other(bundle, tmp_path, monkeypatch, broken, kept):
     def fail(*_, **__):
@@ -312,8 +326,12 @@ def test_locked_clocks_are_restored_after_ctrl_c(bundle, tmp_path, monkeypatch):
         (["--compare", "a", "b", "--threshold", "-1"], "--threshold is -1, expected a percentage of 0 or more"),
         (["BUNDLE", "--out", "OUT", "--backend", "tpu"], "no engine tpu, expected one of: onnxruntime, openvino"),
         (["BUNDLE", "--out", "OUT", "--source", "none.mp4"], "none.mp4: no such file, expected a video"),
-        (["BUNDLE", "--out", "BUNDLE/model.onnx"], "is a file, expected a folder"),
-        (["BUNDLE", "--compare", "a", "b"], "came with --compare, expected the two reports alone"),
+        (["BUNDLE", "--out", "BUNDLE/model.onnx"], "model.onnx: cannot be made (File exists), expected a folder"),
+        (["BUNDLE", "--out", "BUNDLE/model.onnx/sub"], "(Not a directory), expected a folder to write report.json and"),
+        (["BUNDLE", "--out", "BUNDLE/model.onnx/sub"], "report.html into; choose another --out"),
+        (["BUNDLE", "--compare", "a", "b"], "bundle came with --compare, expected the two reports alone; leave it"),
+        (["--compare", "a", "b", "--people", "1"], "--people came with --compare, expected the two reports alone"),
+        (["--compare", "a", "b", "--budget", "5"], "--budget came with --compare, expected the two reports alone"),
         (["--compare", "none_a", "none_b"], "No such file or directory; expected a report.json"),
     ],
 )
