@@ -71,6 +71,11 @@ class Options:
             if value is not None and not 0 < value < inf:
                 raise ConfigError(f"{option} is {value:g}, expected {expected}")
 
+    @property
+    def footage(self) -> tuple[str, ...]:
+        """The sources, or the clip of this package where there are none."""
+        return self.sources or (str(CLIP),)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values; of sources the number alone, since an address may hold a password."""
         kept = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
@@ -137,9 +142,8 @@ def profile(
     """
     manifest = Manifest.read(bundle)
     forms, skipped = find_forms(bundle, manifest, options.backends)
-    sources = options.sources or (str(CLIP),)
     if not is_detector(manifest):
-        Footage(sources).close()  # a wrong source is an error now
+        Footage(options.footage).close()  # a wrong source is an error now
     with ExitStack() as stack:
         stack.enter_context(_folder(out))
         if options.lock_clocks:
@@ -215,7 +219,7 @@ class _Run:
         """Measure all; what ends it early passes through."""
         session, manifest, people = self.session, self._manifest, self._options.people
         images, _ = read_goldens(self._bundle, manifest)
-        used, sources = self._forms[0], self._options.sources or (str(CLIP),)
+        used, sources = self._forms[0], self._options.footage
         if not is_detector(manifest):
             with self._open_pipeline() as (model, detector):
                 for count in people:  # known numbers first: that warms up all sizes
