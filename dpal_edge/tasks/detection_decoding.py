@@ -22,8 +22,8 @@ def decode_people(raw: Floats, *, threshold: float, iou: float) -> tuple[Floats,
         Boxes (n, 4) in pixels of the input, not clipped to it, and scores (n,) in 0..1, highest first; n may be 0.
     """
     scores = probabilities(raw[:, 4])
-    order = np.argsort(-scores, kind="stable")[:_MOST]
-    order = order[scores[order] >= threshold]
+    sure = np.flatnonzero(scores >= threshold)
+    order = sure[np.argsort(-scores[sure], kind="stable")][:_MOST]
     boxes, scores = raw[order, :4].astype(np.float32), scores[order]
     kept = suppress(boxes, iou)
     return boxes[kept], scores[kept]
