@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from dpal_edge import __version__
@@ -183,10 +184,12 @@ def _folder(out: Path) -> Iterator[None]:
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):  # what cannot be written should be said before minutes of measuring
+            pass
     except OSError as error:
         raise ConfigError(
-            f"{out}: cannot be made ({error.strerror}), expected a folder to write report.json and report.html into; "
-            f"choose another --out"
+            f"{out}: cannot be made or written ({error.strerror}), expected a folder to write report.json and "
+            f"report.html into; choose another --out"
         ) from error
     try:
         yield

@@ -326,7 +326,10 @@ def test_locked_clocks_are_restored_after_ctrl_c(bundle, tmp_path, monkeypatch):
         (["--compare", "a", "b", "--threshold", "-1"], "--threshold is -1, expected a percentage of 0 or more"),
         (["BUNDLE", "--out", "OUT", "--backend", "tpu"], "no engine tpu, expected one of: onnxruntime, openvino"),
         (["BUNDLE", "--out", "OUT", "--source", "none.mp4"], "none.mp4: no such file, expected a video"),
-        (["BUNDLE", "--out", "BUNDLE/model.onnx"], "model.onnx: cannot be made (File exists), expected a folder"),
+        (
+            ["BUNDLE", "--out", "BUNDLE/model.onnx"],
+            "model.onnx: cannot be made or written (File exists), expected",
+        ),
         (["BUNDLE", "--out", "BUNDLE/model.onnx/sub"], "(Not a directory), expected a folder to write report.json and"),
         (["BUNDLE", "--out", "BUNDLE/model.onnx/sub"], "report.html into; choose another --out"),
         (["BUNDLE", "--compare", "a", "b"], "bundle came with --compare, expected the two reports alone; leave it"),
@@ -456,3 +459,14 @@ def test_footage_without_a_picture(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="no picture in it can be decoded"):
         Footage([str(tmp_path)]).next()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(bundle, tmp_path, monkeypatch):
+    def refuse(**place):
+        raise PermissionError(13, "Permission denied", str(place["dir"]))
+
+    monkeypatch.setattr("dpal_edge.profile.command.TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr("dpal_edge.profile.command._Run.measure", lambda self: pytest.fail("it was measured"))
+    done = run(str(bundle), "--out", str(tmp_path / "out"))
+    assert done.exit_code == 1
+    assert "cannot be made or written (Permission denied), expected a folder" in done.stderr
