@@ -143,6 +143,16 @@ class Manifest:
     documents: tuple[FileSpec, ...] = ()  # about the bundle, for people
     schema: int = SCHEMA
 
+    @property
+    def detects(self) -> bool:
+        """Whether the model finds people in frames, instead of describing crops of them."""
+        return any(head.task == "detection" for head in self.heads)
+
+    @property
+    def ranked_images(self) -> int:
+        """How many images a call has whose time ranks the forms of the bundle: a frame, or the people of one."""
+        return 1 if self.detects else 4
+
     def write(self, bundle: Path) -> Path:
         """Write the manifest of ``bundle`` (as for ``read``), atomically, and return its path."""
         path = manifest_path(bundle)

@@ -176,9 +176,8 @@ def describe(manifest: Manifest, out: Path) -> str:
     stripped = manifest.stripped
     counts = {part: f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count}" for part, count in stripped.removed.items()}
     removed = " and ".join(f"{part} {count}" for part, count in counts.items()) or "nothing"
-    detects = any(head.task == DETECTION for head in manifest.heads)
-    use = f"dpal-edge run BUNDLE --detector {out}" if detects else f"dpal-edge run {out}"
-    images = "frames" if detects else "crops"
+    use = f"dpal-edge run BUNDLE --detector {out}" if manifest.detects else f"dpal-edge run {out}"
+    images = "frames" if manifest.detects else "crops"
     lines = [
         f"stripped  {removed}: {stripped.parameters_before / 1e6:.2f} M parameters became "
         f"{stripped.parameters_after / 1e6:.2f} M"

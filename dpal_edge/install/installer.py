@@ -14,17 +14,14 @@ from dpal_edge.install.trtexec import TrtExec
 from dpal_edge.manifest import Artifact, Latency, Manifest
 from dpal_edge.runtime.backend import ENGINES, Backend, open_backend, time_in_turns, ways_to_run
 from dpal_edge.runtime.cuda import Cuda
-from dpal_edge.runtime.installed import Choice, write_record
+from dpal_edge.runtime.installed import BUILT_TARGETS, Choice, write_record
 from dpal_edge.runtime.model import Model, Outputs, largest_errors, read_goldens, worst_head
 from dpal_edge.runtime.tensorrt import SILENTLY_WRONG, BuildOptions
 
-_PEOPLE = ((1, 30), (4, 20), (8, 10))  # people in a frame, least calls
-_FRAMES = ((1, 30),)  # for a detector, which sees one at a time
-_RANKED = {_PEOPLE: 4, _FRAMES: 1}  # images whose time decides
+_BATCHES = ((1, 30), (4, 20), (8, 10))  # people in a frame, least calls; a detector sees one frame at a time
 # Of the largest output: what sums in half precision may differ, where the host's are in float32. bf16 on a CPU came to
 # 0.011; no GPU was measured yet.
 _HALF_ALLOWANCE = 0.02
-_BUILT = ("trt-fp16", "trt-int8")  # targets that TensorRT compiles on the device
 _TRTEXEC = "trtexec"  # which runs an engine to check and to time it, not for an app
 
 
@@ -114,7 +111,7 @@ def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], No
     ]
     attempts = installer.time(attempts)
     passed = [attempt for attempt in attempts if attempt.passed]
-    ranked = _RANKED[installer.batches]
+    ranked = installer.manifest.ranked_images
     chosen = min(passed, key=lambda a: (a.engine == _TRTEXEC, a.median_ms(ranked)), default=None)
     record = None
     if chosen is not None and chosen.engine != _TRTEXEC:
@@ -126,7 +123,7 @@ def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], No
 
 def _engines(artifact: Artifact) -> Iterator[tuple[str, str | None]]:
     """Yield the engines that may run an artifact on a device, and the precisions that each may be told."""
-    if artifact.target in _BUILT:
+    if artifact.target in BUILT_TARGETS:
         yield "tensorrt", None
     else:
         yield from ways_to_run(Path(artifact.file.file))
@@ -138,7 +135,6 @@ class _Installer:
     def __init__(self, bundle: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
         self.bundle, self.manifest, self._say = bundle, manifest, say
         self._images, self._expected = read_goldens(bundle, manifest)
-        self.batches = _FRAMES if any(head.task == "detection" for head in manifest.heads) else _PEOPLE
         self._open: dict[tuple[str, str], Backend] = {}
         self._trtexec: TrtExec | None = None
         self._builder: Builder | None = None
@@ -148,7 +144,7 @@ class _Installer:
         attempt = Attempt(target=artifact.target, engine=engine, precision=precision, passed=None, found="")
         file = self.manifest.open_artifact(self.bundle, artifact)
         try:
-            if artifact.target in _BUILT:
+            if artifact.target in BUILT_TARGETS:
                 attempt, file = self._build(attempt, file)
             found, name = self._run(attempt, file)
         except DpalEdgeError as error:
@@ -166,7 +162,7 @@ class _Installer:
         """Time in turns all that passed."""
         passed = {(a.target, a.runner): a for a in attempts if a.passed}
         measured: dict[tuple[str, str], list[Latency]] = {key: [] for key in passed}
-        for batch, least in self.batches:
+        for batch, least in _BATCHES[:1] if self.manifest.detects else _BATCHES:
             images = self._images[np.arange(batch) % len(self._images)]
             running = {"/".join(key): self._open[key] for key in passed if key in self._open}
             times = time_in_turns(running, {self.manifest.input.name: images}, least)

@@ -17,7 +17,7 @@ from dpal_edge.files import write_text
 from dpal_edge.manifest import Manifest
 from dpal_edge.profile.curves import build_curves
 from dpal_edge.profile.footage import CLIP, Footage
-from dpal_edge.profile.forms import Form, find_forms, is_detector, ranked_images
+from dpal_edge.profile.forms import Form, find_forms
 from dpal_edge.profile.layers import profile_layers
 from dpal_edge.profile.locking import locked_clocks, undisturbed
 from dpal_edge.profile.machine import describe_bundle, describe_machine
@@ -31,6 +31,7 @@ from dpal_edge.profile.report import (
     describe_sustained,
     describe_telemetry,
     find_verdicts,
+    rank_calls,
 )
 from dpal_edge.profile.roofline import build_roofline, find_ceilings
 from dpal_edge.profile.session import (
@@ -143,7 +144,7 @@ def profile(
     """
     manifest = Manifest.read(bundle)
     forms, skipped = find_forms(bundle, manifest, options.backends)
-    if not is_detector(manifest):
+    if not manifest.detects:
         Footage(options.footage).close()  # a wrong source is an error now
     with ExitStack() as stack:
         stack.enter_context(_folder(out))
@@ -202,7 +203,7 @@ def _folder(out: Path) -> Iterator[None]:
 def _count_steps(manifest: Manifest, forms: int, options: Options) -> int:
     """Return how many things will be measured, as far as they can run."""
     calls = forms * len(options.people) + (len(manifest.heads) > 1)
-    if is_detector(manifest):
+    if manifest.detects:
         return calls
     return calls + len(options.people) + len(CAMERAS) + 1 + (options.minutes is not None)
 
@@ -223,7 +224,7 @@ class _Run:
         session, manifest, people = self.session, self._manifest, self._options.people
         images, _ = read_goldens(self._bundle, manifest)
         used, sources = self._forms[0], self._options.footage
-        if not is_detector(manifest):
+        if not manifest.detects:
             with self._open_pipeline() as (model, detector):
                 for count in people:  # known numbers first: that warms up all sizes
                     session.measure_placed(used, model, detector, count)
@@ -239,7 +240,7 @@ class _Run:
         if whole is not None and len(manifest.heads) > 1:
             session.measure_heads(whole, manifest, images)
         self._look_inside()
-        if self._options.minutes is not None and not is_detector(manifest):
+        if self._options.minutes is not None and not manifest.detects:
             with self._open_pipeline() as (model, detector):
                 session.measure_source(used, model, detector, sources, minutes=self._options.minutes)
 
@@ -251,9 +252,12 @@ class _Run:
 
     def _look_inside(self) -> None:
         """Take the layers of what is used and of what is fastest here, and place the first's below the ceilings."""
-        images = ranked_images(self._manifest)
-        shown = self._forms[0], self.session.fastest(images)
-        for form in (form for form in self.session.timed_forms() if form in shown):
+        images = self._manifest.ranked_images
+        ranked = rank_calls(describe_measurements(self.session), images)
+        wanted = [self._forms[0].to_dict(), *ranked[:1]]
+        for form in self.session.timed_forms():
+            if not any(form.to_dict().items() <= one.items() for one in wanted):
+                continue
             key = form.artifact if form.artifact not in self._layers else form.label
             self._layers[key] = profile_layers(
                 form.path, engine=form.engine, batch=images, precision=form.computes, graph=form.graph
@@ -287,4 +291,4 @@ class _Run:
             "roofline": self._roofline,
             "interrupted": interrupted,
         }
-        return {**report, "verdicts": find_verdicts(report, ranked_images(self._manifest))}
+        return {**report, "verdicts": find_verdicts(report, self._manifest.ranked_images)}

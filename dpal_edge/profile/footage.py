@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
 from dpal_edge.runtime.detector import BatchDetector, Detections
-from dpal_edge.runtime.sources import Frame, gather, open_sources
+from dpal_edge.runtime.sources import WAIT_S, Frame, gather, open_sources
 
 CLIP = Path(__file__).resolve().parents[1] / "assets" / "people-detection.264"  # real people, as many as six at a time
 PLACED = "placed people"  # what stands in a report for a source
-_WAIT_S = 0.01  # for the frames of other cameras, as ``run`` has it
 _MARGIN = 0.1  # of the cell that a placed person has for itself
 
 
@@ -49,7 +48,7 @@ class Footage:
 
     def _open(self) -> None:
         self._sources = self._stack.enter_context(open_sources(self._texts))
-        self._frames = gather(self._sources, wait_s=_WAIT_S)
+        self._frames = gather(self._sources, wait_s=WAIT_S)
 
 
 class PlacedPeople:

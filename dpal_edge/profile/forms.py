@@ -7,21 +7,10 @@ from pathlib import Path
 from dpal_edge.errors import BackendUnavailable
 from dpal_edge.manifest import Artifact, Manifest
 from dpal_edge.runtime.backend import ENGINES, Backend, open_backend, ways_to_run
-from dpal_edge.runtime.installed import Choice, read_choice
+from dpal_edge.runtime.installed import BUILT_TARGETS, Choice, read_choice
 from dpal_edge.runtime.model import choose_artifact
 
-_BUILT = "trt-fp16", "trt-int8"  # targets that `dpal-edge install` compiles
-_BUILDER = "tensorrt"  # the engine that it compiles them for
-
-
-def is_detector(manifest: Manifest) -> bool:
-    """Whether a bundle finds people instead of describing them, so that no pipeline can be made of it alone."""
-    return any(head.task == "detection" for head in manifest.heads)
-
-
-def ranked_images(manifest: Manifest) -> int:
-    """Return how many images a call has whose time ranks forms, as ``dpal-edge install`` has it."""
-    return 1 if is_detector(manifest) else 4
+_BUILDER = "tensorrt"  # the engine that `dpal-edge install` compiles targets for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +63,12 @@ def find_forms(bundle: Path, manifest: Manifest, engines: Sequence[str]) -> tupl
     if unknown := set(engines) - {*known}:
         raise BackendUnavailable(f"no engine {', '.join(sorted(unknown))}, expected one of: {', '.join(known)}")
     wanted = engines or known
-    built = _BUILDER in wanted and any(artifact.target in _BUILT for artifact in manifest.artifacts)
+    built = _BUILDER in wanted and any(artifact.target in BUILT_TARGETS for artifact in manifest.artifacts)
     installed = read_choice(bundle) if built or not engines else None
     forms, skipped = [], []
     for artifact in manifest.artifacts:
         path = manifest.open_artifact(bundle, artifact)
-        if artifact.target not in _BUILT:
+        if artifact.target not in BUILT_TARGETS:
             forms += [
                 _form(artifact, path, engine, computes) for engine, computes in ways_to_run(path) if engine in wanted
             ]

@@ -117,15 +117,11 @@ def time_ms(call: Callable[[], object]) -> float:
 def _read_openvino(path: Path, batch: int) -> Graph:
     import openvino as ov
 
+    from dpal_edge.runtime._openvino import fix_batch
+
     model = ov.Core().read_model(str(path))
     fix_batch(model, batch)
     return graph_of_openvino(model)
-
-
-def fix_batch(model: Any, batch: int) -> None:
-    """Give an OpenVINO model ``batch`` images for good, where it leaves their number free."""
-    if all(port.partial_shape[0].is_dynamic for port in model.inputs):
-        model.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
 
 
 def graph_of_openvino(

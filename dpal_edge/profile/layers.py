@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from dpal_edge.errors import BackendUnavailable
 from dpal_edge.profile.graph import NORMS, OTHER, Graph
 from dpal_edge.profile.graph_files import (
-    fix_batch,
     graph_of_openvino,
     random_images,
     read_graph,
@@ -207,7 +206,7 @@ def _profile_onnxruntime(asked: _Asked) -> _Profile:
 def _profile_openvino(asked: _Asked) -> _Profile:
     import openvino as ov
 
-    from dpal_edge.runtime._openvino import DEVICE, DEVICES, settings
+    from dpal_edge.runtime._openvino import DEVICE, DEVICES, fix_batch, settings
 
     core, device = ov.Core(), asked.device or DEVICE
     model = core.read_model(str(asked.path))

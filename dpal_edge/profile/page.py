@@ -12,7 +12,7 @@ from typing import Any
 from dpal_edge.html import bars, page, table
 from dpal_edge.profile.page_blocks import conditions, show_layers, show_roofline
 from dpal_edge.profile.plots import COLOURS, Axis, Plot, axis, grid, stacked_bar
-from dpal_edge.profile.wording import as_count, as_decimal, as_html, as_ms, as_passes, or_dash
+from dpal_edge.profile.wording import as_count, as_decimal, as_html, as_ms, as_passes, as_percent, or_dash
 
 _Report = Mapping[str, Any]
 
@@ -211,17 +211,17 @@ def _stages(report: _Report) -> list[str]:
     if not stages or not stages.get("stages"):
         return []
     own = [s for s in stages["stages"] if s["name"] not in ("total", "age")]
-    total = sum(s["ms"]["p50"] for s in own) or 1.0
+    total = sum(s["ms"]["mean"] for s in own) or 1.0
     source = f"{stages['source']}, {as_passes(stages)}, {as_decimal(stages['people'])} people per frame"
     rows = [
-        [s["name"], *(as_ms(s["ms"].get(key)) for key in ("p50", "p95", "max")),
-         f"{s['ms']['p50'] / total:.0%}" if s in own else ""]
+        [s["name"], *(as_ms(s["ms"].get(key)) for key in ("mean", "p50", "p95", "max")),
+         f"{s['ms']['mean'] / total:.0%}" if s in own else ""]
         for s in stages["stages"]
     ]  # fmt: skip
     return [
-        f"<p class='soft'>Medians on {escape(source)}.</p>",
-        stacked_bar([(s["name"], s["ms"]["p50"], f"{as_ms(s['ms']['p50'])} ms") for s in own]),
-        table(["stage", "p50", "p95", "max", "share"], rows),
+        f"<p class='soft'>Means on {escape(source)}, since some frames show nobody.</p>",
+        stacked_bar([(s["name"], s["ms"]["mean"], f"{as_ms(s['ms']['mean'])} ms") for s in own]),
+        table(["stage", "mean", "p50", "p95", "max", "share"], rows),
         _doubts([stages]),
     ]
 
@@ -279,7 +279,7 @@ def _heads(report: _Report) -> list[str]:
         [
             h["name"],
             as_ms(h["marginal_ms"]) + _interval(h.get("marginal_ci95")),
-            f"{h['share']:.0%}",
+            as_percent(h["share"]),
             as_ms(h["alone"]["p50"]),
         ]
         for h in shown
@@ -294,7 +294,6 @@ def _heads(report: _Report) -> list[str]:
         bars([(h["name"], max(h["marginal_ms"], 0.0), f"{as_ms(h['marginal_ms'])} ms") for h in shown], accent=""),
         table(["head", "costs, ms", "share", "alone, ms"], rows),
         _doubts([heads]),
-        f"<p class='soft'>{escape(heads['note'])}</p>" if heads.get("note") else "",
     ]
 
 

@@ -208,18 +208,23 @@ def _budget(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _faster(measurements: Sequence[Mapping[str, Any]], used: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
     """Return a sentence if another form than the one that is used takes much less time."""
-    calls = [m for m in measurements if m["what"] == "call" and m["clock"] == "host"]
-    nearest = min((m["batch"] for m in calls), key=lambda batch: abs(batch - images), default=None)
-    ranked = [m for m in calls if m["batch"] == nearest]
+    ranked = rank_calls(measurements, images)
     own = next((m for m in ranked if all(m[name] == value for name, value in used.items())), None)
-    best = min(ranked, key=lambda m: m["ms"]["p50"], default=None)
-    if own is None or best is None or best["ms"]["p50"] > (1 - _NOTABLE) * own["ms"]["p50"]:
+    if own is None or ranked[0]["ms"]["p50"] > (1 - _NOTABLE) * own["ms"]["p50"]:
         return []
+    best = ranked[0]
     text = (
         f"{best['target']} with {best['runner']} takes {best['ms']['p50']:.2f} ms, images {best['batch']}, what run "
         f"uses takes {own['ms']['p50']:.2f} ms: `dpal-edge install` chooses the fastest that computes right"
     )
     return [_verdict("form", None, text)]
+
+
+def rank_calls(measurements: Sequence[Mapping[str, Any]], images: int) -> list[Mapping[str, Any]]:
+    """Return the calls with so many images, or with the nearest number measured, by the host's clock, fastest first."""
+    calls = [m for m in measurements if m["what"] == "call" and m["clock"] == "host"]
+    nearest = min((m["batch"] for m in calls), key=lambda batch: abs(batch - images), default=None)
+    return sorted((m for m in calls if m["batch"] == nearest), key=lambda m: m["ms"]["p50"])
 
 
 def _verdict(kind: str, passed: bool | None, text: str) -> dict[str, Any]:

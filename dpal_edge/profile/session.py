@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpal_edge.errors import DpalEdgeError, ModelFileError
 from dpal_edge.manifest import Manifest
 from dpal_edge.profile.footage import CLIP, PLACED, Footage, PlacedPeople
-from dpal_edge.profile.forms import Form, is_detector, ranked_images
+from dpal_edge.profile.forms import Form
 from dpal_edge.profile.sampler import Effort, Series
 from dpal_edge.profile.telemetry import Telemetry
 from dpal_edge.runtime.annotate import draw
@@ -111,14 +111,6 @@ class Session:
         calls = (m for m in self.measured if m.labels.what == "call" and m.series.calls)
         return list(dict.fromkeys(m.labels.form for m in calls))
 
-    def fastest(self, images: int) -> Form | None:
-        """Return the form whose calls with so many images, or the nearest number measured, take the least time."""
-        calls = [m for m in self.measured if m.labels.what == "call" and m.series.calls]
-        nearest = min((m.labels.batch or 0 for m in calls), key=lambda batch: abs(batch - images), default=0)
-        ranked = [m for m in calls if m.labels.batch == nearest]
-        best = min(ranked, key=lambda m: float(np.median(m.series.timings_ms["host"])), default=None)
-        return best.labels.form if best else None
-
     def measure(
         self,
         labels: Labels,
@@ -157,7 +149,7 @@ class Session:
             backend = form.open()
             told = backend.device_clock if isinstance(backend, DeviceClock) else "no clock of its own: the host's alone"
             self.clocks_told[backend.name] = told
-            if not is_detector(manifest):
+            if not manifest.detects:
                 with suppress(ModelFileError):  # which its own turn tells
                     backend.run(_feeds(manifest, images, max(*batches, _SEVERAL)))
             for batch in batches:
@@ -173,7 +165,7 @@ class Session:
 
     def measure_heads(self, form: Form, manifest: Manifest, images: NDArray[np.uint8]) -> None:
         """Time a form with all heads, with all but each, and with each alone, in turns."""
-        heads, backend, count = manifest.heads, form.open(), ranked_images(manifest)
+        heads, backend, count = manifest.heads, form.open(), manifest.ranked_images
         names = [head.name for head in heads]
         wanted = {"all": names} | {f"without {name}": [n for n in names if n != name] for name in names}
         wanted |= {f"alone {name}": [name] for name in names}

@@ -5,7 +5,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from dpal_edge.profile.wording import as_passes
+from dpal_edge.profile.wording import as_ms, as_passes
 
 _PASSED = {True: "ok", False: "FAILED", None: "note"}
 _NUMBERS = ("p50", "+-", "p90", "p95", "p99", "max", "mean", "+-", "calls", "far out", "marks")
@@ -55,7 +55,7 @@ def _calls(measurements: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) 
     for m in measurements:
         row = rows.setdefault(f"{_form(m)}, {m['batch']}", ["-"])
         if m["clock"] == "device":
-            row[0] = _ms(m["ms"]["p50"])
+            row[0] = as_ms(m["ms"]["p50"])
         else:
             row += [*_numbers(m["ms"]), _marks([m], marks)]
     table = [[name, *cells] for name, cells in rows.items()]
@@ -65,12 +65,12 @@ def _calls(measurements: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) 
 def _stages(stages: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     if stages is None:
         return ""
-    told = ", ".join(f"{stage['name']} {_ms(stage['ms']['mean'])}" for stage in stages["stages"])
+    told = ", ".join(f"{stage['name']} {as_ms(stage['ms']['mean'])}" for stage in stages["stages"])
     return f"mean ms of {as_passes(stages)} of {stages['source']}: {told} {_marks([stages], marks)}"
 
 
 def _curve(curve: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-    each = ", ".join(f"{point['x']}: {_ms(point['each'])}" for point in curve["points"])
+    each = ", ".join(f"{point['x']}: {as_ms(point['each'])}" for point in curve["points"])
     knee = "no knee" if curve["knee"] is None else f"knee at {curve['knee']}"
     of, letters = f"{_EACH[curve['x']]}, {_form(curve)} ({curve['clock']})", _marks(curve["points"], marks)
     return f"ms per {of} of {each}; {knee} {letters}"
@@ -82,17 +82,17 @@ def _heads(heads: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     rows = [
         [
             head["name"],
-            _ms(head["marginal_ms"]),
+            as_ms(head["marginal_ms"]),
             _half(head["marginal_ci95"]),
             f"{100 * head['share']:.1f} %",
-            _ms(head["alone"]["p50"]),
+            as_ms(head["alone"]["p50"]),
         ]
         for head in heads["heads"]
     ]
     title = f"head, {heads['target']} {heads['engine']}, {heads['batch']} images"
     return (
         f"{_table([title, 'costs ms', '+-', 'share', 'backbone and it alone'], rows)}\n"
-        f"all on one backbone {_ms(heads['all']['p50'])} ms, a network for each {_ms(heads['separate_ms'])} ms: "
+        f"all on one backbone {as_ms(heads['all']['p50'])} ms, a network for each {as_ms(heads['separate_ms'])} ms: "
         f"{100 * heads['saving']:.0f} % saved {_marks([heads], marks)}"
     )
 
@@ -123,20 +123,13 @@ def _marks(numbers: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) -> st
 
 
 def _numbers(ms: Mapping[str, Any]) -> list[str]:
-    percentiles = [_ms(ms[name]) for name in ("p90", "p95", "p99", "max", "mean")]
-    return [_ms(ms["p50"]), _half(ms["p50_ci95"]), *percentiles, _half(ms["ci95"]), str(ms["n"]),
+    percentiles = [as_ms(ms[name]) for name in ("p90", "p95", "p99", "max", "mean")]
+    return [as_ms(ms["p50"]), _half(ms["p50_ci95"]), *percentiles, _half(ms["ci95"]), str(ms["n"]),
             str(ms["outliers"]["count"] or "")]  # fmt: skip
 
 
 def _half(interval: Sequence[float] | None) -> str:
-    return "-" if interval is None else _ms((interval[1] - interval[0]) / 2)
-
-
-def _ms(value: float | None) -> str:
-    """Return milliseconds with as many digits as mean something; "-" where they are unknown."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
+    return "-" if interval is None else as_ms((interval[1] - interval[0]) / 2)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -33,7 +33,7 @@ def as_decimal(value: float | None) -> str:
 
 def as_percent(share: float | None) -> str:
     """Write a share as a whole percentage."""
-    return "-" if share is None else f"{share:.0%}"
+    return "-" if share is None else f"{round(100 * share)}%"
 
 
 def or_dash(value: object) -> str:

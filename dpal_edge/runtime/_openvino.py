@@ -97,11 +97,9 @@ class OpenVinoBackend:
         """Return the requests for ``count`` images: one with all threads, or as many as run side by side."""
         wanted = self._streams if self._free and count > 1 else 1
         if len(self._requests) < wanted:
-            model = self._model
             try:
-                if self._free:
-                    model = model.clone()
-                    model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+                model = self._model.clone()
+                fix_batch(model, 1)
                 compiled = self._compile(model, wanted)
             except RuntimeError as error:
                 raise ModelFileError(f"{self.name} cannot compile the model: {_line(error)}") from error
@@ -142,6 +140,12 @@ def _give_back_freed_memory() -> None:
     """Give the system back what compiling took for a moment: 20 MB of each model stay with glibc otherwise."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def fix_batch(model: ov.Model, count: int) -> None:
+    """Give a model ``count`` images for good, where it leaves their number free."""
+    if all(port.partial_shape[0].is_dynamic for port in model.inputs):
+        model.reshape({port: [count, *list(port.partial_shape)[1:]] for port in model.inputs})
 
 
 def settings(device: str, threads: int, hint: str, requests: int) -> dict[str, Any]:

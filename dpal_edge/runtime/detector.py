@@ -184,8 +184,9 @@ class DefaultDetector:
         return max(self._bundles, key=lambda size: (fit((height, width), size), -size[0] * size[1]))
 
     def close(self) -> None:
-        """Free the models; a later call loads them again."""
-        self._detectors.clear()
+        """Free the models; later calls raise ``ValueError`` for frames of the shapes that came before."""
+        for detector in self._detectors.values():
+            detector.close()
 
 
 class HogDetector:

@@ -14,6 +14,7 @@ from dpal_edge.manifest import manifest_path
 from dpal_edge.runtime.device import cpu_features, jetson
 
 SCHEMA = 1
+BUILT_TARGETS = ("trt-fp16", "trt-int8")  # that TensorRT compiles on the device
 CACHE_VARIABLE = "DPAL_EDGE_CACHE"
 
 

@@ -10,7 +10,7 @@ from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.runtime.monitor import Latency, Monitor
 from dpal_edge.runtime.pipeline import Pipeline
 from dpal_edge.runtime.sinks import CODECS, name_video, open_sinks
-from dpal_edge.runtime.sources import FileSource, Source, gather
+from dpal_edge.runtime.sources import WAIT_S, FileSource, Source, gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def run(
     jsonl: Path | None = None,
     embeddings: bool = False,
     limit: int | None = None,
-    wait_s: float = 0.01,
+    wait_s: float = WAIT_S,
     monitor: Monitor | None = None,
     progress: Callable[[int], object] = lambda frames: None,
 ) -> RunSummary:

@@ -34,7 +34,7 @@ class Model:
         _check_inputs(backend, manifest)
         # Outputs can only be seen by running; this is also the slow first pass of most engines. Frames come one at a
         # time, people in numbers.
-        count = _FIRST_FRAMES if any(head.task == "detection" for head in manifest.heads) else _FIRST_PEOPLE
+        count = _FIRST_FRAMES if manifest.detects else _FIRST_PEOPLE
         self.run(np.zeros((count, *manifest.input.size, 3), np.uint8))
 
     @classmethod

@@ -368,6 +368,9 @@ def open_sources(texts: Sequence[str], *, patient: bool = False, as_camera: bool
         yield opened
 
 
+WAIT_S = 0.01  # that a frame waits for those of other cameras, unless told otherwise
+
+
 def gather(sources: Sequence[Source], *, wait_s: float = 0.0, limit: int | None = None) -> Iterator[dict[str, Frame]]:
     """Yield the next frames by source, never none, until all have ended or have given ``limit``.
 

@@ -86,7 +86,7 @@ def report():
         "curves": [curve("batch", [(1, 5.0), (2, 8.0), (4, 15.0)]), curve("people", [(1, 9.0)], knee=None),
                    curve("cameras", [(1, 9.0), (2, 17.0)], clock="glass")],
         "heads": {"artifact": "model.onnx", "target": "onnx", "engine": "onnxruntime", "runner": "onnxruntime 1 cpu",
-                  "batch": 4, "note": "a note", "all": summary(60.0), "separate_ms": 200.0, "saving": 0.7,
+                  "batch": 4, "all": summary(60.0), "separate_ms": 200.0, "saving": 0.7,
                   "heads": [{"name": "pose", "task": "pose", "alone": summary(50.0), "without": summary(56.0),
                              "marginal_ms": 4.0, "marginal_ci95": [3.6, 4.4], "share": 0.07}]},
         "stages": {"source": "walk.mp4", "passes": 300, "frames": 300, "people": 2.5, "runner": "openvino",
@@ -150,7 +150,7 @@ def test_all_is_there(report):
     text, _ = read(report)
     for expected in (
         "vit_tiny on Jetson Orin Nano", "Budget 33 ms: holds", "Three clocks", "device", "host !", "glass", "p99",
-        "! clocks not locked: GPU", "1 outlier: 25.00 ms", "Where a frame's time goes", "knee: 2", "a note",
+        "! clocks not locked: GPU", "1 outlier: 25.00 ms", "Where a frame's time goes", "knee: 2",
         "sharing saves 70%", "5 minutes: the detector takes 18.00 ms at first", "Hottest: cpu 72 °C", "Shaded",
         "fc1", "Floors, not measurements.", "Orin Nano 8 GB Super", "no GPU here", "memory clock: only root",
         "the weather", "Throttled 20 % of the time", "bound by", "! drifts", "! few frames",

@@ -12,7 +12,7 @@ from engines import FakeClock, FakeDeviceEngine, FakeEngine
 from dpal_edge.errors import ModelFileError
 from dpal_edge.manifest import FileSpec, HeadSpec, InputSpec, Manifest, Stripped
 from dpal_edge.profile.curves import build_curves, find_knee
-from dpal_edge.profile.forms import Form, ranked_images
+from dpal_edge.profile.forms import Form
 from dpal_edge.profile.report import (
     describe_heads,
     describe_measurements,
@@ -21,6 +21,7 @@ from dpal_edge.profile.report import (
     describe_telemetry,
     find_verdicts,
     others_share,
+    rank_calls,
 )
 from dpal_edge.profile.sampler import Effort
 from dpal_edge.profile.session import USED, CutOff, Labels, Session
@@ -380,12 +381,12 @@ def test_a_detector_is_ranked_by_one_image_and_all_else_by_four(tmp_path, clock,
         for target, ms in (("steady", (3.0, 8.0)), ("grows", (5.0, 6.0))):
             engine = FakeEngine(clock, lambda count, heads, ms=ms: ms[count > 1])
             session.measure_calls(form(engine, target), manifest, IMAGES, (1, 4), QUICK)
-        assert session.fastest(ranked_images(manifest)).target == fastest
+        assert rank_calls(describe_measurements(session), manifest.ranked_images)[0]["target"] == fastest
         session.measure_heads(form(FakeEngine(clock, noisy(), heads=("boxes",))), manifest, IMAGES)
         assert session.find("heads").labels.batch == batch
         report = report_with(1.0, measurements=describe_measurements(session), options={"budget_ms": None})
     report["bundle"]["used"] = {"target": {"grows": "steady", "steady": "grows"}[fastest]}
-    [verdict] = find_verdicts(report, ranked_images(manifest))
+    [verdict] = find_verdicts(report, manifest.ranked_images)
     assert verdict["text"].startswith(f"{fastest} with fake 1.0 cpu takes")
 
 
