@@ -26,8 +26,9 @@ class OpenVinoBackend:
     """A model on one device: compiled for one image where its batch is free, as it is where that is fixed.
 
     Several images are requests side by side, each on its share of the threads, because small kernels do not divide well
-    among cores. One image gets all threads, as long as only single ones came: each way takes some 100 MB and 0.7 s, and
-    so would requests of several images each, which are hardly faster (bench/results/openvino_speed.json).
+    among cores. One image gets all threads as long as only single ones came, and is a request among several later: a
+    way of its own would take 120 MB more. So would requests of four images each, which are a tenth faster where there
+    are eight people or more (bench/results/openvino_requests.json).
     """
 
     device_clock = "OpenVINO's latency of its requests; of several side by side the busiest"
@@ -137,7 +138,7 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
 
 
 def _give_back_freed_memory() -> None:
-    """Give the system back what compiling took for a moment: 20 MB of each model stay with glibc otherwise."""
+    """Give the system back what compiling took for a moment, and glibc keeps otherwise."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
