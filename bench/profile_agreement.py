@@ -6,7 +6,8 @@ BUNDLE has ``onnx`` and ``openvino-int8``. Every round takes the same call by al
 with another first; what is compared is the median over rounds of the ratio within a round. A round in which other
 programs took more than a tenth of the CPU compares nothing: it is counted and taken again. The ways:
 
-* the profiler: ``dpal-edge profile``'s own session with telemetry running, by the host's clock and by the engine's;
+* the profiler: ``dpal-edge profile``'s own session with telemetry running, by the host's clock and by the engine's; of
+  OpenVINO one request on all threads, as the others have it, while ``profile`` itself lets several images come first;
 * a loop written by hand around ``backend.run``, as anybody would;
 * OpenVINO's ``benchmark_app``, in a process of its own, one request at a time on as many threads: the engine's clock;
 * for ONNX Runtime what ``onnxruntime_perf_test`` does: bound inputs and outputs, a run after the other, warm.
@@ -36,9 +37,9 @@ from dpal_edge.manifest import Manifest
 from dpal_edge.profile.forms import Form, find_forms
 from dpal_edge.profile.report import describe_measurements
 from dpal_edge.profile.sampler import Effort, Series
-from dpal_edge.profile.session import Session
+from dpal_edge.profile.session import Labels, Session
 from dpal_edge.profile.telemetry import Telemetry
-from dpal_edge.runtime.backend import physical_cores
+from dpal_edge.runtime.backend import DeviceClock, physical_cores
 from dpal_edge.runtime.device import cpu_features
 from dpal_edge.runtime.model import read_goldens
 
@@ -60,11 +61,13 @@ class Nothing:
         return {}
 
 
-def by_profiler(form: Form, manifest: Manifest, images: NDArray[np.uint8]) -> dict[str, float]:
-    """Return the profiler's medians by clock."""
+def by_profiler(form: Form, feeds: Mapping[str, NDArray[np.uint8]]) -> dict[str, float]:
+    """Return the profiler's medians by clock, of an engine that has run nothing else."""
     with Telemetry.open() as telemetry:
-        session = Session(telemetry, 1e3)
-        session.measure_calls(form, manifest, images, (1,), EFFORT)
+        session, backend = Session(telemetry, 1e3), form.open()
+        clocks = ("device", "host") if isinstance(backend, DeviceClock) else ("host",)
+        labels = Labels(what="call", form=form, runner=backend.name, batch=1, people=1)
+        session.measure(labels, session._call(backend, feeds), clocks=clocks, decides="host", effort=EFFORT)
     return {m["clock"]: m["ms"]["p50"] for m in describe_measurements(session)}
 
 
@@ -158,7 +161,7 @@ def measure(bundle: Path, form: Form, manifest: Manifest, rounds: int) -> dict[s
     image = np.ascontiguousarray(images[:1])
     backend = form.open()
     ways: list[Callable[[], dict[str, float]]] = [
-        lambda: {f"profiler {clock}": ms for clock, ms in by_profiler(form, manifest, images).items()},
+        lambda: {f"profiler {clock}": ms for clock, ms in by_profiler(form, {manifest.input.name: image}).items()},
         lambda: {"loop": in_a_loop(lambda: backend.run({manifest.input.name: image}))},
     ]
     if form.engine == "onnxruntime":

@@ -20,8 +20,9 @@ from dpal_edge.tasks.letterbox import fit, to_frame
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # This project's own: the same weights for frames of about 4:3 and of 16:9.
 DEFAULT_DETECTORS = (_ASSETS / "person_detector.json", _ASSETS / "person_detector_wide.json")
-# Least score, and overlap of boxes that are the same person. On frames that the package's own detector was trained on
-# F1 is .84 (video) and .39 (photographs), where it is .78 and .34 at .4 and .6.
+# Least score, and overlap of boxes that are the same person: of the values tried the best mean F1 of video and
+# photographs for the package's own detector, on frames that it was trained on ("operating_points" in
+# bench/results/default_models.json).
 THRESHOLD, IOU = 0.45, 0.45
 _TASK = "detection"
 _BOX_AND_LOGIT = 5

@@ -11,8 +11,10 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from dpal_edge.export.linked import link
 from dpal_edge.files import read_lines, sha256_of, write_text
 from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, read_newest, write_checkpoint
 from dpal_edge.models.human import load_human
-from dpal_edge.runtime.detector import ModelDetector
+from dpal_edge.runtime.detector import DefaultDetector, ModelDetector
 from dpal_edge.tasks.crowd_metrics import find_people
+from dpal_edge.tasks.detection_decoding import suppress
 from dpal_edge.tasks.table import read_detection
 
 HERE = Path(__file__).parent
@@ -42,6 +45,9 @@ PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC B
 REPEATS = {"coco_person": 40, "footage": 6, "photographs": 1}  # of the 61, 856 and 6,805 frames for the detector
 TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
 WIDE = (192, 336)  # input of the detector for frames of 16:9
+CROWDS = "coco_person"
+CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
+THRESHOLDS, OVERLAPS = (0.4, 0.45, 0.5), (0.4, 0.45, 0.5, 0.6)
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
     "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
@@ -154,7 +160,11 @@ class Maker:
         training = {run: curve(self.work / run) for run in RUNS if (self.work / run).exists()}
         path = self.work / "compare.json"
         starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else earlier.get("starts", [])
-        document = {"scores": results, "starts": starts, "training": {**earlier.get("training", {}), **training}}
+        points = earlier.get("operating_points", {})
+        if (self.work / "footage").exists():
+            points = {folder.name: operating_points(folder) for folder in (self.work / "footage", self.data / CROWDS)}
+        document = {"scores": results, "operating_points": points, "starts": starts,
+                    "training": {**earlier.get("training", {}), **training}}  # fmt: skip
         write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
 
@@ -231,13 +241,38 @@ def join_frames(sources: dict[Path, tuple[str, int]], out: Path) -> Path:
 
 def operating_point(bundle: Path, folder: Path) -> dict[str, float]:
     """Return recall and precision, at an IoU of .5, of a detector as it is used, on the frames of ``val``."""
-    split = read_detection(folder, "val")
+    samples = read_detection(folder, "val").samples
     with closing(ModelDetector.open(bundle)) as detector:
-        found = [detector(cv2.imread(str(sample.image))) for sample in split.samples]
-    people = [sample.target for sample in split.samples]
-    matched = find_people([(f.boxes, f.scores) for f in found], [(one.boxes, one.ignore) for one in people])
+        found = [detector(cv2.imread(str(sample.image))) for sample in samples]
+    return recall_and_precision([(f.boxes, f.scores) for f in found], samples)
+
+
+def operating_points(folder: Path) -> list[dict[str, float]]:
+    """Return the same of the package's detector on some frames of ``train``, by its threshold and its overlap.
+
+    Its defaults are chosen by these, so that nothing is chosen on frames that it is scored on.
+    """
+    samples = read_detection(folder, "train").samples
+    samples = samples[:: -(-len(samples) // CHOOSING_FRAMES)]
+    open_detector = partial(ModelDetector.open, threshold=min(THRESHOLDS), iou=1.0)
+    with closing(DefaultDetector(open_detector)) as detector:
+        found = [detector(cv2.imread(str(sample.image))) for sample in samples]
+    points = []
+    for threshold, overlap in itertools.product(THRESHOLDS, OVERLAPS):
+        kept = []
+        for boxes, scores in ((f.boxes[f.scores >= threshold], f.scores[f.scores >= threshold]) for f in found):
+            best = suppress(boxes, overlap)
+            kept.append((boxes[best], scores[best]))
+        points.append({"threshold": threshold, "iou": overlap, **recall_and_precision(kept, samples)})
+    return points
+
+
+def recall_and_precision(found: Sequence[tuple[Any, Any]], samples: Sequence[Any]) -> dict[str, float]:
+    """Return recall and precision, at an IoU of .5, of boxes and scores on samples, and the F1 of both."""
+    matched = find_people(found, [(sample.target.boxes, sample.target.ignore) for sample in samples])
     hits = int(matched.hits.sum())
-    return {"recall": hits / matched.people, "precision": hits / max(len(matched.hits), 1)}
+    recall, precision = hits / matched.people, hits / max(len(matched.hits), 1)
+    return {"recall": recall, "precision": precision, "F1": 2 * recall * precision / max(recall + precision, 1e-9)}
 
 
 def curve(run: Path, points: int = 20) -> dict[str, Any]:
