@@ -26,12 +26,26 @@ def heat(places, cells=(16, 8), size=SIZE, sigma=2.0):
     return np.exp(-((x - px) ** 2 + (y[:, None] - py) ** 2) / (2 * sigma**2)).astype(np.float32)
 
 
-def test_simcc_finds_the_middle_of_the_likeliest_bins():
-    places = np.array([[[10.25, 40.75], [3.25, 0.25], [31.75, 63.75]]])
-    found, confidence = decode_joints(simcc(places), "simcc", SIZE)
-    np.testing.assert_allclose(found, places, atol=1e-6)
-    assert (confidence > 0).all()
-    assert (confidence <= 1).all()
+def test_simcc_finds_the_middle_of_a_peak():
+    places = np.array([[[10.25, 40.75], [3.25, 12.5], [20.1, 33.3]]])
+    found, confidence = decode_joints(simcc(places, sigma=0.5), "simcc", SIZE)
+    np.testing.assert_allclose(found, places, atol=0.01)
+    assert (confidence > 0.99).all()
+
+
+def test_a_peak_at_the_border_is_found_within_its_width():
+    places = np.array([[[0.25, 0.25], [31.75, 63.75]]])
+    found, _ = decode_joints(simcc(places, sigma=0.5), "simcc", SIZE)
+    np.testing.assert_allclose(found, places, atol=0.5)
+
+
+def test_simcc_prefers_where_most_probability_lies_to_the_likeliest_bin():
+    x, y = np.full(64, 1e-6), np.full(128, 1e-6)
+    x[50], x[10:15] = 0.3, 0.14  # a lone bin, and more in five together
+    y[60] = 1.0
+    found, confidence = decode_joints(np.log(np.concatenate([x, y]))[None, None].astype(np.float32), "simcc", SIZE)
+    np.testing.assert_allclose(found[0, 0], [12.5 / 2, 60.5 / 2], atol=0.01)
+    assert confidence[0, 0] == pytest.approx(0.7, abs=0.01)
 
 
 def test_a_sharper_answer_is_a_surer_one():
