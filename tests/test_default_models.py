@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from dpal_edge.models.checkpoint import read_checkpoint
-from dpal_edge.models.human import load_human
+from dpal_edge.models.head_config import HeadConfig
+from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.teacher import load_teacher
+from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, ViTConfig, normalize
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "default_models"
 ASSETS = Path(__file__).parents[1] / "dpal_edge" / "assets"
@@ -92,3 +95,26 @@ def test_recoloured_people_keep_their_skin_and_are_cut_out_of_their_background()
 
 def test_the_models_fit_into_the_package():
     assert sum(file.stat().st_size for file in ASSETS.glob("*.safetensors")) < 80e6
+
+
+def test_a_whitened_embedding_is_centred_and_its_directions_even(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    torch.manual_seed(0)
+    backbone = VisionTransformer(ViTConfig(size=(64, 32), depth=1, width=32, heads=2, last_heads=2))
+    model = HumanModel(backbone, {"reid": HeadConfig(task="reid", kind="strips", channels=8)}).eval()
+    crops = [tmp_path / f"{i}.png" for i in range(40)]
+    rng = np.random.default_rng(0)
+    for crop in crops:
+        Image.fromarray(rng.integers(0, 256, (64, 32, 3), np.uint8)).save(crop)
+
+    def embeddings():
+        pixels = torch.stack([torch.from_numpy(np.array(Image.open(crop))) for crop in crops]).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return model.heads["reid"](backbone(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))).double()
+
+    before = torch.linalg.eigvalsh(torch.cov(embeddings().T))
+    whiten = runpy.run_path(str(SCRIPTS / "make.py"))["whiten"]
+    whiten(model, crops, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    after = torch.linalg.eigvalsh(torch.cov(embeddings().T))
+    torch.testing.assert_close(after, before.mean() * before / (before + before.mean()), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(embeddings().mean(0), torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-4)

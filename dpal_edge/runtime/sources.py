@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Source(Protocol):
 
 
 class FileSource:
-    """A video file: every frame, in order, as fast as they are taken."""
+    """A video file: every frame, in order, as fast as they are taken; the next is decoded while one is looked at."""
 
     live = stalled = False
 
@@ -96,14 +97,17 @@ class FileSource:
         self.name = name or self.video.path.name
         self.fps, self.counters = self.video.fps, Counters()
         self._frames = iter(self.video)
+        self._decoder = ThreadPoolExecutor(1, f"decoder {self.name}")
+        self._next = self._decoder.submit(next, self._frames, None)
         self.ended = False
 
     def poll(self) -> Frame | None:
-        """Decode the next frame; None at the end."""
-        image = next(self._frames, None)
+        """Return the next frame; None at the end."""
+        image = None if self.ended else self._next.result()
         if image is None:
             self.ended = True
             return None
+        self._next = self._decoder.submit(next, self._frames, None)
         self.counters.frames += 1
         number = self.counters.frames - 1
         return Frame(image, number, number / self.fps, time.monotonic())
@@ -113,6 +117,8 @@ class FileSource:
 
     def close(self) -> None:
         """Close the file."""
+        self.ended = True
+        self._decoder.shutdown()
         self.video.close()
 
 

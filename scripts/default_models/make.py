@@ -11,7 +11,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -20,17 +20,22 @@ from typing import Any
 
 import click
 import cv2
+import numpy as np
+import torch
 from base_teacher import LICENCE, write_teacher
+from PIL import Image
 
 from dpal_edge import __version__
 from dpal_edge.export.bundle import ExportSettings
 from dpal_edge.export.linked import link
 from dpal_edge.files import read_lines, sha256_of, write_text
 from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, read_newest, write_checkpoint
-from dpal_edge.models.human import load_human
+from dpal_edge.models.human import HumanModel, load_human
+from dpal_edge.models.vit import normalize
 from dpal_edge.runtime.detector import DefaultDetector, ModelDetector
 from dpal_edge.tasks.crowd_metrics import find_people
 from dpal_edge.tasks.detection_decoding import suppress
+from dpal_edge.tasks.image import open_image
 from dpal_edge.tasks.table import read_detection
 
 HERE = Path(__file__).parent
@@ -46,6 +51,7 @@ REPEATS = {"coco_person": 40, "footage": 6, "photographs": 1}  # of the 61, 856 
 TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
 WIDE = (192, 336)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
+WHITENED = 5  # every fifth of the crops that the embedding is learned on tells its variances
 CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
 THRESHOLDS, OVERLAPS = (0.4, 0.45, 0.5), (0.4, 0.45, 0.5, 0.6)
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
@@ -112,7 +118,8 @@ class Maker:
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             if list_checkpoints(self.work / run):
-                pack(self.work / run, path, soup=self.soup if run == "student" else None)
+                student = {"soup": self.soup, "crops": sorted(self.work.glob("embedded/*/*"))[::WHITENED]}
+                pack(self.work / run, path, **(student if run == "student" else {}))
                 if run in images:
                     settings = ExportSettings(targets=TARGETS, calibration=(str(images[run]),))
                     link(path, settings)
@@ -319,17 +326,20 @@ def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "model": model, "tasks": tasks}
 
 
-def pack(run: Path, path: Path, *, soup: Path | None = None) -> None:
+def pack(run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Path] = ()) -> None:
     """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type.
 
     With ``soup`` the weights are the mean of the run's and of that checkpoint's, from which the run began: ends of two
-    stretches of one training lie in one basin, and their middle generalises better (Wortsman et al., 2022).
+    stretches of one training lie in one basin, and their middle generalises better (Wortsman et al., 2022). The
+    embedding is whitened by ``crops``, if there are any.
     """
     model, metadata = load_human(run)
     if soup is not None:
         other = load_human(soup)[0].state_dict()
         mean = {n: v.lerp(other[n].to(v), 0.5) if v.is_floating_point() else v for n, v in model.state_dict().items()}
         model.load_state_dict(mean)
+    if crops:
+        whiten(model, crops, metadata)
     tensors = {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()}
     kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
     facts: dict[str, Any] = {name: metadata[name] for name in kept}
@@ -340,6 +350,33 @@ def pack(run: Path, path: Path, *, soup: Path | None = None) -> None:
     found = read_checkpoint(path)
     worst = max(float((found.tensors[n].float() - model.state_dict()[n].float()).abs().max()) for n in tensors)
     click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, largest change of a weight {worst:.1e} ({__version__})")
+
+
+@torch.no_grad()
+def whiten(model: HumanModel, crops: Sequence[Path], metadata: Mapping[str, Any]) -> None:
+    """Change the linear map that gives the embedding so that on ``crops`` it is centred and its directions even.
+
+    A student that imitates embeddings gets right first what all people share; what tells them apart is in directions
+    of little variance, which cosines then hardly see. Each is divided by the square root of its variance plus the mean
+    of all, which spares those that are noise; the axes stay the teacher's.
+
+    Source: whitening of learned embeddings, Jegou and Chum, 2012. Differs: ridge, no dimension dropped.
+    """
+    head = model.heads["reid"]
+    height, width = model.backbone.config.size
+    model.eval()
+    found = []
+    for path in crops:
+        image = torch.from_numpy(np.array(open_image(path, "RGB").resize((width, height), Image.Resampling.BICUBIC)))
+        pixels = normalize(image.permute(2, 0, 1)[None], metadata["mean"], metadata["std"])
+        found.append(head(model.backbone(pixels)))
+    embeddings = torch.cat(found).double()
+    variances, axes = torch.linalg.eigh(torch.cov(embeddings.T))
+    even = axes @ torch.diag((variances + variances.mean()).rsqrt()) @ axes.T
+    scale = variances.mean().sqrt()  # keeps the size of values about what it was
+    weight, bias = head.project.weight, head.project.bias
+    bias.copy_(scale * even @ (bias.double() - embeddings.mean(0)))
+    weight.copy_(scale * even @ weight.double())
 
 
 def _brief(passport: dict[str, Any]) -> dict[str, Any]:
