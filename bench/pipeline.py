@@ -3,7 +3,8 @@
     python bench/pipeline.py BUNDLE --shared ../shared [--frames 300] [--soak 2000] [--out bench/results/pipeline.json]
 
 BUNDLE has ``onnx``, ``openvino-int8`` or both. Every frame is decoded once, then each form takes its turn on it, and
-another one begins at the next frame; a form's frames/s are those it would reach with that decoding. The forms:
+another one begins at the next frame; a form's frames/s are those it would reach with that decoding. Then each form
+runs alone through each clip, as an application does. The forms:
 
 * ours: detector, model with all heads and tracker through ``Pipeline``, for each target in each precision;
 * peers: a detector, a pose and a re-identification network of others, and our tracker. They get what ours get: uint8
@@ -25,11 +26,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.person import Person
 from dpal_edge.runtime.pipeline import Pipeline
 from dpal_edge.runtime.preprocess import crop_people
+from dpal_edge.runtime.sources import FileSource
 from dpal_edge.runtime.tracker import Tracker, unit_rows
 from dpal_edge.runtime.video import Video
 
@@ -370,6 +372,42 @@ def summarize(mean: dict[str, float], video_ms: float, seen: list[int | None], f
     }
 
 
+def measure_runs(path: Path, forms: Mapping[str, Form], frames: int) -> dict[str, Any]:
+    """Return frames/s of whole runs and the share of their time outside the networks, video decoding and all.
+
+    ``ahead`` is ``FileSource``, which decodes a frame while the one before it is looked at; ``in turn`` does not.
+    """
+    ways: dict[str, Callable[[], Iterator[NDArray[np.uint8]]]] = {"ahead": partial(frames_ahead, path),
+                                                                  "in turn": partial(frames_in_turn, path)}  # fmt: skip
+    found: dict[str, Any] = {}
+    for (name, form), way in product(forms.items(), ways):
+        pipeline = form.start()
+        images = islice(ways[way](), frames)
+        pipeline(next(images))
+        before, start, count = form.networks_ms(), time.perf_counter(), 0
+        for image in images:
+            pipeline(image)
+            count += 1
+        whole = 1e3 * (time.perf_counter() - start)
+        share = 1 - (form.networks_ms() - before) / whole
+        found.setdefault(name, {})[way] = {"frames_per_s": round(1e3 * count / whole, 2),
+                                           "share_outside_networks": round(share, 4)}  # fmt: skip
+    return found
+
+
+def frames_ahead(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Yield a video's frames as ``dpal-edge run`` gets them."""
+    with closing(FileSource(path)) as source:
+        while frame := source.poll():
+            yield frame.image
+
+
+def frames_in_turn(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Yield a video's frames, each decoded when it is asked for."""
+    with Video(path) as video:
+        yield from video
+
+
 def one_by_one(network: TimedBackend, images: NDArray[np.uint8]) -> None:
     """Run each image by itself."""
     for i in range(len(images)):
@@ -507,6 +545,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     videos = options.shared / "data" / "videos"
     results["clips"] = {clip: measure_clip(videos / clip, forms, options.frames) for clip in CLIPS}
+    results["runs"] = {clip: measure_runs(videos / clip, forms, options.frames) for clip in CLIPS}
     return results
 
 
