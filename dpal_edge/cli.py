@@ -363,9 +363,7 @@ def profile(
     from dpal_edge.profile import command, table  # only this command pays for them
 
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # what ends a session of ssh or a container keeps what was measured
-        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup asks for
-            signal.signal(number, signal.default_int_handler)
+    _end_in_order()
     asked = command.Options(
         people=command.parse_people(people), budget_ms=command.parse_budget(budget) if budget else None, **options
     )
@@ -406,7 +404,11 @@ def doctor(as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Annotated video: .mp4, .webm (for browsers) or .avi; of several sources each gets its name at the end.",
 )
-@click.option("--jsonl", type=click.Path(path_type=Path), help="JSON lines, one per frame.")
+@click.option(
+    "--jsonl",
+    type=click.Path(path_type=Path),
+    help="JSON lines, one per frame; of cameras and streams they are appended to the file.",
+)
 @click.option("--embeddings", is_flag=True, help="Put embeddings into the JSON lines.")
 @click.option(
     "--serve", metavar="[HOST:]PORT", help="Show it live on a page; on this machine alone unless HOST is given."
@@ -472,7 +474,7 @@ def run(
     if server is not None:
         server.parse_address(serve)
     finder = _open_finder(detector, min_height, threshold)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what systemd and docker send ends a run as Ctrl-C does
+    _end_in_order()
     with ExitStack() as stack:
         opened = stack.enter_context(open_sources(sources, patient=keep_trying, as_camera=as_camera))
         loop.check_outputs(opened, outputs["out"], outputs["jsonl"])
@@ -498,6 +500,13 @@ def run(
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
     if summary.interrupted:
         sys.exit(130)
+
+
+def _end_in_order() -> None:
+    """Let what ends a service, a container or a session of ssh do as Ctrl-C does: what was done so far is kept."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which nohup asks for
+            signal.signal(number, signal.default_int_handler)
 
 
 def _open_finder(detector: str | None, min_height: int | None, threshold: float | None) -> Any:

@@ -28,7 +28,9 @@ def main() -> None:
         open_sources(options.sources, patient=True, as_camera=options.as_camera) as cameras,
     ):
         monitor = Monitor(cameras, pipeline.name)
-        with serve(monitor, options.serve), suppress(KeyboardInterrupt):
+        with serve(monitor, options.serve) as page, suppress(KeyboardInterrupt):
+            if page:
+                print(f"live on {page.url}")
             told = time.monotonic()
             for frames in islice(gather(cameras, wait_s=0.02), options.passes):
                 people = pipeline.look(frames)
@@ -45,9 +47,7 @@ def serve(monitor, address):
         return nullcontext()
     from dpal_edge.runtime.serve import Server  # needs dpal-edge[serve]
 
-    server = Server(monitor, address)
-    print(f"live on {server.url}")
-    return server
+    return Server(monitor, address)
 
 
 def tell(monitor: Monitor) -> None:

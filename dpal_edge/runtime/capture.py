@@ -96,8 +96,9 @@ def open_url(url: str) -> OpenCvCapture:
     cv2 = load_opencv()
     if _JETSON.exists() and has_gstreamer() and (pipeline := url_pipeline(url)):
         capture = cv2.VideoCapture(pipeline, cv2.CAP_GSTREAMER)
-        if capture.isOpened():
+        if capture.read()[0]:  # a decoder may open, and give nothing
             return OpenCvCapture(capture)
+        capture.release()  # first: some cameras serve one client at a time
     options = {
         cv2.CAP_PROP_OPEN_TIMEOUT_MSEC: _TIMEOUT_MS,
         cv2.CAP_PROP_READ_TIMEOUT_MSEC: _TIMEOUT_MS,
@@ -128,7 +129,12 @@ def url_pipeline(url: str) -> str | None:
     """Return GStreamer's pipeline for a stream of any codec; None for an address that would end its quotes."""
     if set(url) & set('"\\\n'):
         return None
-    return f'uridecodebin uri="{url}" ! {_TO_BGR}'
+    if url.lower().startswith(("rtsp://", "rtsps://")):
+        # Its own latency is 2 s; and of its pads decodebin must take the picture's, not the sound's.
+        source = f'rtspsrc location="{url}" latency=200 protocols=tcp ! application/x-rtp,media=video ! decodebin'
+    else:
+        source = f'uridecodebin uri="{url}"'
+    return f"{source} ! {_TO_BGR}"
 
 
 def without_secrets(url: str) -> str:

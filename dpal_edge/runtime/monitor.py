@@ -47,6 +47,7 @@ class Monitor:
     def __init__(self, sources: Sequence[Source], engine: str) -> None:
         self.sources, self.engine = sources, engine
         self.began = time.monotonic()
+        self.slow_viewers = 0  # that a server let go
         self.newest: dict[str, Result] = {}  # by source; replaced, never changed
         self.stages: dict[str, tuple[float, int]] = {}  # by stage: seconds in all, passes
         self._lock = threading.Lock()
@@ -99,7 +100,13 @@ class Monitor:
                 "age_ms": asdict(Latency.of(ages)),
             }
         stages = {stage: asdict(latency) for stage, latency in self.latency_ms().items()}
-        return {"engine": self.engine, "uptime_s": round(now - self.began, 1), "sources": sources, "stages_ms": stages}
+        return {
+            "engine": self.engine,
+            "uptime_s": round(now - self.began, 1),
+            "slow_viewers": self.slow_viewers,
+            "sources": sources,
+            "stages_ms": stages,
+        }
 
     @property
     def healthy(self) -> bool:

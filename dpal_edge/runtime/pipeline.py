@@ -15,7 +15,7 @@ from dpal_edge.errors import ModelFileError
 from dpal_edge.runtime.detector import BatchDetector, DefaultDetector, Detections, Detector, ModelDetector
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.person import Person, check_heads, decode_heads
-from dpal_edge.runtime.preprocess import crop_people, pixel_boxes
+from dpal_edge.runtime.preprocess import as_bgr, crop_people, pixel_boxes
 from dpal_edge.runtime.sources import Frame
 from dpal_edge.runtime.tracker import Tracker, unit_rows
 
@@ -87,17 +87,18 @@ class Pipeline:
         """Do the same for frames of several cameras at once: one pass of the model serves the people of all.
 
         Args:
-            frames: by camera, each of its own size, (H, W, 3) uint8 BGR; each camera has its own tracks. A ``Frame``
-                tells when it was taken as well: where others were dropped, people are then looked for further on.
+            frames: by camera, each of its own size, uint8: (H, W, 3) BGR, or (H, W) grey and (H, W, 4) BGRA, which are
+                converted; each camera has its own tracks. A ``Frame`` tells when it was taken as well: where others
+                were dropped, people are then looked for further on.
             tasks: whose heads are wanted, such as ("pose",); None is all. The others' fields of ``Person`` are None.
                 ONNX Runtime leaves their work out, other engines only their decoding.
 
         Raises:
             ValueError: a frame of another shape or type, or a task that the bundle has no head for.
         """
-        images = {camera: frame.image if isinstance(frame, Frame) else frame for camera, frame in frames.items()}
-        for image in images.values():
-            check_images(image, "frame", ("H", "W", 3))
+        images = {
+            camera: as_bgr(frame.image if isinstance(frame, Frame) else frame) for camera, frame in frames.items()
+        }
         if unknown := set(tasks or ()) - {head.task for head in self.manifest.heads}:
             raise ValueError(f"no head for {', '.join(sorted(unknown))}, expected {self._tasks()}")
         heads = tuple(head for head in self.manifest.heads if tasks is None or head.task in tasks)

@@ -10,15 +10,22 @@ from dpal_edge.tasks.letterbox import GREY, fit
 _INTERPOLATED = 1.25  # pixels for each of the output, up to which interpolation leaves out next to nothing
 
 
-def as_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """Return an image as (H, W, 3) BGR: itself, (H, W) or (H, W, 1) grey, or (H, W, 4) BGRA; None for what is none."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
-        return None
-    channels = 1 if image.ndim == 2 else image.shape[2]
+def as_bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a picture as (H, W, 3) BGR: itself, or converted from (H, W) or (H, W, 1) grey or (H, W, 4) BGRA.
+
+    Raises:
+        ValueError: it is of another shape or type, or has no pixel.
+    """
+    channels = 0
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3) and image.size:
+        channels = 1 if image.ndim == 2 else image.shape[2]
+    if channels not in (1, 3, 4):
+        shape, kind = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
+        raise ValueError(
+            f"a frame of shape {shape} and type {kind}, expected uint8 (H, W, 3) BGR, (H, W) grey or (H, W, 4) BGRA"
+        )
     if channels == 3:
         return image
-    if channels not in (1, 4):
-        return None
     cv2 = load_opencv()
     converted: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR if channels == 1 else cv2.COLOR_BGRA2BGR)
     return converted

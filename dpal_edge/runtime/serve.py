@@ -27,7 +27,7 @@ _COOKIE = "dpal_edge_token"  # and the port: cookies know none
 _QUALITY = 80  # of JPEG
 _EVENTS_S = 0.25  # between the numbers that the page is sent
 _LOOK_S, _LONGEST_LOOK_S = 0.01, 1.0  # between looks for a newer picture, and until the old one is sent again
-_SLOW_S = 10.0  # that a client may take for what it is sent before it is let go
+_SLOW_S = 10.0  # that a viewer may take for what it is sent before it is let go
 _START_S = 10.0
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -36,7 +36,8 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Server:
     """Serves a ``Monitor`` from a thread of its own; the app never waits for a viewer.
 
-    Pictures are drawn and compressed when somebody asks for one, once for all who see the same.
+    Pictures are drawn and compressed when somebody asks for one, once for all who see the same. A viewer who does not
+    take what it is sent is let go, and counted in ``Monitor.slow_viewers``.
     Where the address is not this machine's own, everything but ``/healthz`` asks for a token, once as ``?token=``,
     which leaves a cookie, or as ``Authorization: Bearer``. On this machine's own the name must be local too, so that
     no web page elsewhere can look through the browser.
@@ -57,6 +58,7 @@ class Server:
         self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="serve", daemon=True)
         self._drawn: dict[tuple[str, frozenset[str]], tuple[int, asyncio.Future[bytes]]] = {}
+        self._event, self._event_ends = b"", 0.0  # when the next one is made, by the loop's clock
 
     @property
     def url(self) -> str:
@@ -89,11 +91,12 @@ class Server:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())  # a picture may be drawn just now
         finally:
             self._loop.close()
 
     async def _serve(self) -> None:
-        app = web.Application(middlewares=[self._guard])
+        app = web.Application(middlewares=[self._bound, self._guard])
         app.router.add_get("/", self._page)
         app.router.add_get("/picture/{source}", self._picture)
         app.router.add_get("/events", self._events)
@@ -116,6 +119,31 @@ class Server:
             await self._stop.wait()
         finally:
             await runner.cleanup()
+
+    @web.middleware
+    async def _bound(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Write what a handler returns, in bounded time: aiohttp itself would wait for ever."""
+        if request.transport is not None:
+            request.transport.set_write_buffer_limits(0)  # written is what the system has taken
+        response = await handler(request)
+        with suppress(ConnectionError):
+            await response.prepare(request)
+            await self._written(request, response.write_eof())
+        return response
+
+    async def _written(self, request: web.Request, writing: Awaitable[None]) -> None:
+        """Wait for what is written to a viewer.
+
+        Raises:
+            ConnectionError: it has left, or was let go because it was too slow.
+        """
+        try:
+            await asyncio.wait_for(writing, _SLOW_S)
+        except asyncio.TimeoutError:
+            self.monitor.slow_viewers += 1
+            if request.transport is not None:
+                request.transport.abort()  # what was not taken must not wait for ever
+            raise ConnectionResetError from None
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -160,20 +188,24 @@ class Server:
         if drawn is None or number != newest.frame.number:
             drawn = self._loop.run_in_executor(None, _compress, newest.frame.image, newest.people, shown)
             self._drawn[source, shown] = newest.frame.number, drawn
-        headers = {"Cache-Control": "no-store", "X-Frame-Number": str(newest.frame.number)}
+        headers = {
+            "Cache-Control": "no-store",
+            "Cross-Origin-Resource-Policy": "same-origin",  # no page elsewhere may show it
+            "X-Frame-Number": str(newest.frame.number),
+        }
         return web.Response(body=await asyncio.shield(drawn), content_type="image/jpeg", headers=headers)
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """Send the numbers and the people, four times a second."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
-        try:
+        with suppress(ConnectionError):
             while not self._stop.is_set():
-                await asyncio.wait_for(response.write(f"data: {json.dumps(self._told())}\n\n".encode()), _SLOW_S)
+                if self._loop.time() >= self._event_ends:  # one for all who look
+                    self._event_ends = self._loop.time() + _EVENTS_S
+                    self._event = f"data: {json.dumps(self._told())}\n\n".encode()
+                await self._written(request, response.write(self._event))
                 await asyncio.sleep(_EVENTS_S)
-        except (ConnectionError, asyncio.TimeoutError):
-            if request.transport is not None:  # what was not taken must not wait for ever
-                request.transport.abort()
         return response
 
     async def _state(self, request: web.Request) -> web.Response:
@@ -212,6 +244,8 @@ def to_prometheus(monitor: Monitor) -> str:
         f'dpal_edge_info{{version="{__version__}",engine="{_quoted(told["engine"])}"}} 1',
         "# TYPE dpal_edge_uptime_seconds gauge",
         f"dpal_edge_uptime_seconds {told['uptime_s']}",
+        "# TYPE dpal_edge_slow_viewers_total counter",
+        f"dpal_edge_slow_viewers_total {told['slow_viewers']}",
     ]
     for field, name, kind in _METRICS:
         lines.append(f"# TYPE {name} {kind}")

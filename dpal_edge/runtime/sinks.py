@@ -29,8 +29,8 @@ def open_sinks(
 ) -> Iterator[list[Sink]]:
     """Open what is to be written.
 
-    Videos get their names on leaving, each by itself; lines of files as well, but those of live sources can be read as
-    they come, since nobody knows when they end.
+    Videos get their names on leaving, each by itself; lines of files as well, but those of live sources are appended
+    and can be read as they come, since nobody knows when they end.
 
     Args:
         sources: what frames come from; of several, each that gives a frame gets a video of its own, ``out`` with its
@@ -79,12 +79,13 @@ def name_video(out: Path, source: str, count: int) -> Path:
 
 @contextmanager
 def _lines(path: Path, *, embeddings: bool, at_once: bool) -> Iterator[Sink]:
-    """Open the file of lines; ``at_once``: each can be read when it is written, and stays whatever happens."""
+    """Open the file of lines; ``at_once``: each is appended, can be read then, and stays whatever happens."""
     with ExitStack() as stack:
         if at_once:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(path.open("w", encoding="utf-8", buffering=1))
+                # A service that is started again must not lose what it wrote before.
+                file = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
             except OSError as error:
                 raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
         else:

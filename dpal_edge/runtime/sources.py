@@ -35,7 +35,7 @@ class Frame:
     image: NDArray[np.uint8]  # (H, W, 3) BGR; H and W may change in the middle of a stream
     number: int  # from 0, of the frames that the source gave; what is missing in between was dropped
     time_s: float  # since the source began: of the file's clock, or of this machine's for a live source
-    captured: float  # time.monotonic() when it was decoded
+    captured: float  # time.monotonic() when it was decoded, or when it was taken from a file, which is decoded ahead
 
 
 @dataclass
@@ -153,7 +153,10 @@ class ImageSource:
         while not self.ended:
             path = self.images[self._next]
             self._next += 1
-            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+            try:
+                image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+            except cv2.error:  # a header that declares more pixels than OpenCV reads
+                image = None
             if image is not None:
                 self.counters.frames += 1
                 return Frame(image, self._next - 1, float(self._next - 1), time.monotonic())
@@ -204,13 +207,14 @@ class NewestFrame:
         self._news.set()
 
     def _put(self, image: NDArray[np.uint8]) -> None:
-        picture = as_bgr(image)
-        with self._lock:
-            if picture is None:
+        try:
+            picture = as_bgr(image)
+        except ValueError as error:
+            with self._lock:
                 self.counters.bad += 1
-                shape, kind = getattr(image, "shape", None), getattr(image, "dtype", type(image).__name__)
-                self.counters.problem = f"a frame of shape {shape} and type {kind}"
-                return
+                self.counters.problem = str(error)
+            return
+        with self._lock:
             now = self._last = time.monotonic()
             self.counters.dropped += self._newest is not None
             self._newest = Frame(picture, self.counters.frames, now - self._began, now)
@@ -382,7 +386,8 @@ def gather(sources: Sequence[Source], *, wait_s: float = 0.0, limit: int | None 
 
     Args:
         sources: with names that differ.
-        wait_s: how long the first live frame may wait for those of other cameras, so that one pass serves them all.
+        wait_s: how long the first live frame may wait for those of other cameras, so that one pass serves them all; not
+            for a camera that has stalled.
         limit: frames of each; None is all.
     """
     news = threading.Event()
@@ -401,13 +406,14 @@ def gather(sources: Sequence[Source], *, wait_s: float = 0.0, limit: int | None 
 
 
 def _poll(sources: Sequence[Source], frames: dict[str, Frame], news: threading.Event) -> bool:
-    """Add to ``frames`` what is there; say whether one of a live source is still missing."""
+    """Add to ``frames`` what is there; say whether one of a live source is still worth waiting for."""
     news.clear()  # before looking: what comes meanwhile sets it again
     running = [source for source in sources if not source.ended and source.name not in frames]
     for source in running:
         if frame := source.poll():
             frames[source.name] = frame
-    return any(source.live and not source.ended and source.name not in frames for source in running)
+    missing = [source for source in running if source.live and not source.ended and source.name not in frames]
+    return any(not frames or not source.stalled for source in missing)
 
 
 def name_url(url: str) -> str:

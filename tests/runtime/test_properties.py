@@ -55,9 +55,14 @@ def test_a_letterbox_has_its_size(frame, size):
         st.sampled_from([np.uint8, np.float32, np.int64]), arrays.array_shapes(min_dims=1, max_dims=4, min_side=0)
     )
 )
-def test_whatever_a_camera_gives_is_a_picture_or_nothing(array):
-    picture = as_bgr(array)
-    assert picture is None or (picture.dtype == np.uint8 and picture.shape == (*array.shape[:2], 3))
+def test_whatever_a_camera_gives_is_a_picture_or_refused(array):
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype == np.uint8 and array.size and array.ndim in (2, 3) and channels in (1, 3, 4):
+        picture = as_bgr(array)
+        assert (picture.dtype, picture.shape) == (np.uint8, (*array.shape[:2], 3))
+    else:
+        with pytest.raises(ValueError, match="expected uint8"):
+            as_bgr(array)
 
 
 raw = st.one_of(st.floats(-1e4, 1e4, width=32), st.floats(-5, 5, width=32))

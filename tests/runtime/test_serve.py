@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import pytest
@@ -105,6 +105,7 @@ def test_live_pictures(app):
     with Server(app.monitor, "127.0.0.1:0") as server:
         plain, number = picture(server, "?show=")
         assert (plain.shape, number) == ((96, 160, 3), 0)
+        assert status(server, "/picture/door")[1]["Cross-Origin-Resource-Policy"] == "same-origin"
         drawn, _ = picture(server)
         assert np.abs(drawn.astype(int) - plain).max() > 60  # boxes and labels
         threading.Timer(0.2, app.push, [60]).start()
@@ -140,19 +141,44 @@ def test_events(app):
                 response.readline()
 
 
-def test_a_viewer_who_never_reads_is_let_go(app, monkeypatch):
+@pytest.mark.parametrize("path", ["/events", "/picture/door"])
+def test_a_viewer_who_never_reads_is_let_go(app, monkeypatch, path):
     monkeypatch.setattr("dpal_edge.runtime.serve._SLOW_S", 0.2)
     monkeypatch.setattr("dpal_edge.runtime.serve._EVENTS_S", 0.0)
     monkeypatch.setattr(Server, "_told", lambda self: {"much": "x" * 1_000_000})
+    monkeypatch.setattr("dpal_edge.runtime.serve._compress", lambda *given: b"x" * 50_000_000)
     with Server(app.monitor, "0") as server, socket.create_connection(("127.0.0.1", server.port)) as lazy:
-        lazy.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        lazy.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert get(server, "/healthz") == "ok\n"  # others are served meanwhile
-        time.sleep(1)
         end = time.monotonic() + WAIT_S
+        while "dpal_edge_slow_viewers_total 1\n" not in get(server, "/metrics"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
         lazy.settimeout(WAIT_S)
         with suppress(ConnectionResetError):
             while lazy.recv(1 << 20):  # what lay in buffers, and then the end
                 assert time.monotonic() < end
+
+
+def test_an_event_is_made_once_for_all(app, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Server, "_told", lambda self: calls.append(time.monotonic()) or {"number": len(calls)})
+    with Server(app.monitor, "0") as server, ExitStack() as stack:
+        address = f"http://127.0.0.1:{server.port}/events"
+        viewers = [stack.enter_context(urllib.request.urlopen(address, timeout=WAIT_S)) for _ in range(5)]
+        for viewer in viewers:
+            for _ in range(4):  # each with an empty line between
+                viewer.readline()
+    assert len(calls) <= 1 + (calls[-1] - calls[0]) / 0.2  # a quarter of a second, less what clocks are off
+
+
+def test_the_end_waits_for_a_picture_in_the_making(app, monkeypatch):
+    begun = threading.Event()
+    monkeypatch.setattr("dpal_edge.runtime.serve._compress", lambda *given: begun.set() or time.sleep(0.3) or b"x")
+    with Server(app.monitor, "0") as server, socket.create_connection(("127.0.0.1", server.port)) as viewer:
+        viewer.sendall(b"GET /picture/door HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert begun.wait(WAIT_S)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("asyncio")]
 
 
 def test_who_has_left_is_not_waited_for(app):

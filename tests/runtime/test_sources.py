@@ -1,7 +1,9 @@
 import http.server
 import socket
+import struct
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -54,6 +56,16 @@ def hurried(monkeypatch):
     monkeypatch.setattr(module, "_LONGEST_WAIT_S", 0.004)
 
 
+def huge_png():
+    """Return a file whose header declares more pixels than OpenCV reads."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1 << 17, 1 << 17, 8, 2, 0, 0, 0)  # width, height, bits, RGB
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
 def test_a_video_gives_every_frame(clip):
     with open_sources([str(clip(7))]) as [source]:
         frames = [found["clip.avi"] for found in gather([source])]
@@ -65,11 +77,12 @@ def test_a_folder_of_images_passes_over_what_is_none(tmp_path):
     for name, value in (("b.png", 2), ("a.png", 1)):
         cv2.imwrite(str(tmp_path / name), picture(value))
     (tmp_path / "aa.jpg").write_bytes(b"no image")
+    (tmp_path / "ab.png").write_bytes(huge_png())
     (tmp_path / "notes.txt").write_text("no image either")
     with open_sources([str(tmp_path)]) as [source]:
         frames = [found[tmp_path.name] for found in gather([source])]
-        assert (source.counters.frames, source.counters.bad) == (2, 1)
-        assert "aa.jpg is no image" in source.counters.problem
+        assert (source.counters.frames, source.counters.bad) == (2, 2)
+        assert "ab.png is no image" in source.counters.problem
     assert [int(frame.image[0, 0, 0]) for frame in frames] == [1, 2]
 
 
@@ -115,8 +128,42 @@ def test_pipelines_for_a_jetson():
         "nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM),width=640,height=480,framerate=60/1"
     )
     assert text.endswith("video/x-raw,format=BGR ! appsink drop=1 max-buffers=1 sync=false")
-    assert url_pipeline("rtsp://host/door").startswith('uridecodebin uri="rtsp://host/door" ! nvvidconv ! ')
+    assert url_pipeline("rtsp://host/door").startswith(
+        'rtspsrc location="rtsp://host/door" latency=200 protocols=tcp ! application/x-rtp,media=video ! decodebin ! nv'
+    )
+    assert url_pipeline("http://host/door").startswith('uridecodebin uri="http://host/door" ! nvvidconv ! ')
     assert url_pipeline('rtsp://host/" ! filesink location="/etc/passwd') is None  # it would leave its quotes
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_on_a_jetson_ffmpeg_follows_a_decoder_that_gives_nothing(tmp_path, monkeypatch, decodes):
+    opened = []
+
+    class Capture:
+        def __init__(self, address, api, options=()):
+            self.api, self.released = api, False
+            opened.append(self)
+
+        def isOpened(self):  # noqa: N802, OpenCV's name
+            return True
+
+        def get(self, what):
+            return 20.0
+
+        def read(self):
+            gives = decodes or self.api == cv2.CAP_FFMPEG
+            return gives, picture(1) if gives else None
+
+        def release(self):
+            self.released = True
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "GStreamer: YES (1.20.3)")
+    monkeypatch.setattr("dpal_edge.runtime.capture._JETSON", tmp_path)
+    assert open_url("rtsp://host/door").read() is not None
+    expected = [cv2.CAP_GSTREAMER] if decodes else [cv2.CAP_GSTREAMER, cv2.CAP_FFMPEG]
+    assert [capture.api for capture in opened] == expected
+    assert [capture.released for capture in opened] == [not decodes, False][: len(opened)]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +218,7 @@ def test_what_an_app_pushes():
     for garbage in (None, picture(shape=(8, 6, 2)), picture(shape=(0, 6, 3)), np.zeros((8, 6, 3)), b"abc"):
         source.push(garbage)
     assert (source.poll(), source.counters.bad) == (None, 5)
-    assert source.counters.problem == "a frame of shape None and type bytes"
+    assert source.counters.problem.startswith("a frame of shape () and type bytes, expected uint8 (H, W, 3) BGR")
 
 
 def test_a_camera_that_dies_is_opened_again(hurried):
@@ -253,6 +300,22 @@ def test_cameras_wait_for_each_other_but_not_for_long():
     other.close()
     one.close()
     assert [sorted(found) for found in rounds] == []
+
+
+def test_a_camera_that_has_stalled_is_not_waited_for():
+    one, dead = PushSource("one"), PushSource("dead")
+    dead._last -= module._STALLED_S
+    rounds = gather([one, dead], wait_s=WAIT_S)
+    one.push(picture(1))
+    began = time.monotonic()
+    assert sorted(next(rounds)) == ["one"]
+    assert time.monotonic() - began < WAIT_S / 2
+    dead.push(picture(2))
+    one.push(picture(2))
+    assert sorted(next(rounds)) == ["dead", "one"]
+    one.push(picture(3))
+    threading.Timer(0.01, dead.push, [picture(3)]).start()
+    assert sorted(next(rounds)) == ["dead", "one"]  # since it gives frames again
 
 
 class _Mjpeg(http.server.BaseHTTPRequestHandler):

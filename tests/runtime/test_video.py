@@ -1,5 +1,9 @@
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -170,6 +174,24 @@ def test_cli_run_ctrl_c(bundle, clip, monkeypatch):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_service_or_a_session_keeps_the_video(bundle, clip, tmp_path, number):
+    out, jsonl = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    options = ["--source", clip(9), "--as-camera", "--detector", "hog", "--out", out, "--jsonl", jsonl]
+    code = (  # tests may run under nohup
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from dpal_edge.cli import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, "run", bundle, *options], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (jsonl.exists() and jsonl.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert "interrupted after" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    with Video(out) as video:
+        assert list(video)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -247,6 +269,10 @@ def test_lines_of_live_sources_can_be_read_as_they_come(pipeline, tmp_path):
     source.push(people_frame({"r": (10, 20)}))
     run(pipeline, [source], jsonl=tmp_path / "live.jsonl", progress=follow)
     assert seen == [1, 2, 3]
+    source = PushSource("cam")
+    source.push(people_frame({"r": (10, 20)}))
+    run(pipeline, [source], jsonl=tmp_path / "live.jsonl", limit=1)  # as a service that is started again
+    assert [line["frame"] for line in lines_of(tmp_path / "live.jsonl")] == [0, 1, 2, 0]
 
 
 def test_names_of_videos_stay_apart(tmp_path):
