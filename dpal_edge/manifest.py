@@ -6,6 +6,7 @@ verify, run and profile read it, on machines that know nothing of how it was tra
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dpal_edge.files import sha256_of, write_text
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
+_LARGEST = 1 << 24  # pixels of an image, or values of a head for one: beyond it a manifest is wrong, and memory short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,11 @@ class Artifact:
     kept: tuple[str, ...] = ()  # linear layers that stay in a higher precision than the artifact's
     latency: tuple[Latency, ...] = ()  # none where nothing here can run it
 
+    @property
+    def files(self) -> tuple[FileSpec, ...]:
+        """The file to open, and its data."""
+        return (self.file, *self.data)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
@@ -167,7 +174,8 @@ class Manifest:
             bundle: a folder with a manifest.json, or a manifest of another name in a folder that several models share.
 
         Raises:
-            ModelFileError: no manifest, not JSON, another schema, or a field missing, unknown or of the wrong type.
+            ModelFileError: no manifest, not JSON, another schema, a field missing, unknown or of the wrong type, or an
+                absurd size.
         """
         path = manifest_path(bundle)
         try:
@@ -176,14 +184,25 @@ class Manifest:
             raise ModelFileError(
                 f"{bundle}: no {path.name}, so not a bundle; write one with 'dpal-edge export'"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFileError(f"{path}: not valid JSON ({error}); export the bundle again") from error
         found = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(found, int) and found > SCHEMA:
+            raise ModelFileError(
+                f"{path}: schema {found}, expected {SCHEMA}: a newer dpal-edge wrote it; upgrade the one here"
+            )
         if found != SCHEMA:
             raise ModelFileError(
                 f"{path}: schema {found}, expected {SCHEMA}; export the bundle again with this dpal-edge version"
             )
         manifest: Manifest = _parse(cls, data, str(path))
+        shapes = {f"heads: {head.name}: shape": head.shape for head in manifest.heads}
+        for name, sides in {"input: size": manifest.input.size, **shapes}.items():
+            if min(sides, default=1) < 1 or math.prod(sides) > _LARGEST:
+                raise ModelFileError(
+                    f"{path}: {name}: {sides} found, expected sides of 1 or more and a product of at most {_LARGEST}; "
+                    f"export the bundle again"
+                )
         return manifest
 
     def open_artifact(self, bundle: Path, artifact: Artifact) -> Path:
@@ -197,23 +216,30 @@ class Manifest:
         return self.file(bundle, artifact.file)
 
     def file(self, bundle: Path, spec: FileSpec) -> Path:
-        """Return the path of ``spec`` in ``bundle`` (as for ``read``) after checking its hash.
+        """Return the path of ``spec`` in ``bundle`` (as for ``read``) after checking its size and hash.
 
         Raises:
             ModelFileError: the file is missing, lies outside the bundle, or differs from the manifest.
         """
         folder = manifest_path(bundle).parent
         path = folder / spec.file
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ModelFileError(f"{bundle}: the manifest names {spec.file!r}, a file outside the bundle; refused")
-        if not path.is_file():
-            raise ModelFileError(f"{path}: missing, though the manifest names it; copy the whole bundle again")
-        if (found := sha256_of(path)) != spec.sha256:
+        try:
+            inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, a NUL
             raise ModelFileError(
-                f"{path}: damaged or replaced (sha256 {found[:12]}, the manifest says {spec.sha256[:12]}); "
-                f"copy or export the bundle again"
-            )
-        return path
+                f"{bundle}: the manifest names {spec.file!r}, which is no name of a file ({error}); refused"
+            ) from error
+        if not inside:
+            raise ModelFileError(f"{bundle}: the manifest names {spec.file!r}, a file outside the bundle; refused")
+        if not there:
+            raise ModelFileError(f"{path}: missing, though the manifest names it; copy the whole bundle again")
+        if (size := path.stat().st_size) != spec.bytes:  # first: hashing a file of any size could take for ever
+            difference = f"{size} bytes, the manifest says {spec.bytes}"
+        elif (found := sha256_of(path)) != spec.sha256:
+            difference = f"sha256 {found[:12]}, the manifest says {spec.sha256[:12]}"
+        else:
+            return path
+        raise ModelFileError(f"{path}: damaged or replaced ({difference}); copy or export the bundle again")
 
 
 def manifest_path(bundle: Path) -> Path:

@@ -63,17 +63,46 @@ def test_folder_without_manifest(tmp_path):
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", pytest.param(b"[" * 200_000, id="deep")])
 def test_not_json(bundle, content):
     (bundle / "manifest.json").write_bytes(content)
     with pytest.raises(ModelFileError, match=r"manifest\.json: not valid JSON .*export the bundle again"):
         Manifest.read(bundle)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"schema": 2}', "3"])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"schema": 0}', '{"schema": "2"}', "3"])
 def test_wrong_schema(bundle, content):
     (bundle / "manifest.json").write_text(content)
-    with pytest.raises(ModelFileError, match=r"schema (None|2), expected 1; export the bundle again"):
+    with pytest.raises(ModelFileError, match=r"schema (None|0|2), expected 1; export the bundle again"):
+        Manifest.read(bundle)
+
+
+def test_a_newer_schema_asks_for_a_newer_package(bundle):
+    _edit(bundle, lambda data: data.update(schema=2, unknown=[]))
+    with pytest.raises(
+        ModelFileError, match=r"schema 2, expected 1: a newer dpal-edge wrote it; upgrade the one here$"
+    ):
+        Manifest.read(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["input"].update(size=[10**9, 10**9]), r"input: size: \(1000000000, 1000000000\) found"),
+        (
+            lambda data: data["input"].update(size=[256, 0]),
+            r"input: size: \(256, 0\) found, expected sides of 1 or more",
+        ),
+        (lambda data: data["heads"][0].update(shape=[-1, 5]), r"heads: embedding: shape: \(-1, 5\) found"),
+        (
+            lambda data: data["heads"][0].update(shape=[1 << 24, 2]),
+            r"shape: \(16777216, 2\) found, .*most 16777216; exp",
+        ),
+    ],
+)
+def test_absurd_sizes_are_refused(bundle, change, message):
+    _edit(bundle, change)
+    with pytest.raises(ModelFileError, match=message):
         Manifest.read(bundle)
 
 
@@ -113,6 +142,23 @@ def test_link_out_of_the_bundle_is_refused(bundle):
     manifest = Manifest.read(bundle)
     with pytest.raises(ModelFileError, match="outside the bundle; refused"):
         manifest.file(bundle, dataclasses.replace(manifest.golden, file="linked"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "circle"])
+def test_names_that_no_file_can_have(bundle, name):
+    (bundle / "circle").symlink_to("circle")
+    manifest = Manifest.read(bundle)
+    with pytest.raises(ModelFileError, match="the manifest names"):
+        manifest.file(bundle, dataclasses.replace(manifest.golden, file=name))
+
+
+def test_a_file_of_another_size_is_not_hashed(bundle, monkeypatch):
+    manifest = Manifest.read(bundle)
+    monkeypatch.setattr("dpal_edge.manifest.sha256_of", lambda path: pytest.fail("it could be endless"))
+    (bundle / "golden.npz").write_bytes(b"arrays and more")
+    message = r"golden\.npz: damaged or replaced \(15 bytes, the manifest says 6\); copy or export the bundle again"
+    with pytest.raises(ModelFileError, match=message):
+        manifest.file(bundle, manifest.golden)
 
 
 def test_missing_file_is_named(bundle):

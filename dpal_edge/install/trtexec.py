@@ -7,15 +7,17 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.files import atomic_path
-from dpal_edge.runtime.tensorrt import BuildOptions
+from dpal_edge.runtime.tensorrt import BuildOptions, require_strong_types
 
 _FILE = Path("/usr/src/tensorrt/bin/trtexec")  # where JetPack and NVIDIA's packages put it
+_VERSION = re.compile(r"TensorRT v(?:(\d)(\d)|(\d\d)(\d\d))(\d\d)\b")  # v8602 is 8.6.2, v100300 is 10.3.0
 _MIB = 1 << 20
 
 
@@ -30,20 +32,23 @@ class TrtExec:
             inputs: by name, the shape of one image of each input.
 
         Raises:
-            BackendUnavailable: it does not start.
+            BackendUnavailable: it does not start, or is too old.
         """
         self._file, self._inputs = file, inputs
         text = self._run("--help")
         self._known = {word.split("=")[0].strip(",") for word in text.split() if word.startswith("--")}
-        told = re.search(r"TensorRT v(\d+)(\d\d)(\d\d)\b", text)  # v100300 is 10.3.0
-        self.name = f"trtexec {'.'.join(str(int(part)) for part in told.groups())}" if told else "trtexec"
+        self.name = "trtexec"
+        if told := _VERSION.search(text):
+            version = ".".join(str(int(part)) for part in told.groups() if part)
+            require_strong_types(self.name, version)
+            self.name = f"trtexec {version}"
 
     @classmethod
     def find(cls, inputs: Mapping[str, tuple[int, ...]]) -> "TrtExec":
         """Use the one on the path, or where NVIDIA's packages put it.
 
         Raises:
-            BackendUnavailable: there is none.
+            BackendUnavailable: there is none, or it is too old.
         """
         found = shutil.which("trtexec") or (str(_FILE) if _FILE.is_file() else None)
         if found is None:
@@ -64,7 +69,11 @@ class TrtExec:
                 raise ModelFileError(f"{graph.name}: {self.name} says it is done, and wrote no engine")
 
     def outputs(self, engine: Path, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.float32]]:
-        """Run an engine on arrays by input name; return its outputs by name."""
+        """Run an engine on arrays by input name; return its outputs by name.
+
+        Raises:
+            ModelFileError: it fails, or gives what is not a number.
+        """
         with tempfile.TemporaryDirectory() as folder:
             files = {name: Path(folder, f"{i}.bin") for i, name in enumerate(feeds)}
             for name, array in feeds.items():
@@ -79,7 +88,7 @@ class TrtExec:
                 output["name"]: np.array(output["values"], np.float32).reshape(
                     [int(side) for side in output["dimensions"].split("x")]
                 )
-                for output in json.loads(told.read_text(encoding="utf-8"))
+                for output in self._read(told)
             }
 
     def times(self, engine: Path, batch: int) -> list[float]:
@@ -89,10 +98,18 @@ class TrtExec:
             transfers = ("--includeDataTransfers",) if "--includeDataTransfers" in self._known else ()
             self._run(f"--loadEngine={engine}", f"--shapes={self._shapes(batch)}", f"--exportTimes={told}",
                       "--warmUp=200", "--duration=1", "--iterations=10", *transfers)  # fmt: skip
-            return [call["latencyMs"] / 1e3 for call in json.loads(told.read_text(encoding="utf-8"))]
+            return [call["latencyMs"] / 1e3 for call in self._read(told)]
 
     def _shapes(self, batch: int) -> str:
         return ",".join(f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in self._inputs.items())
+
+    def _read(self, file: Path) -> Any:
+        """Return what it wrote, as JSON that has no word for the ``nan`` and ``inf`` of an engine that overflows."""
+        text = file.read_text(encoding="utf-8")
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ModelFileError(f"{self.name}: the engine gives values that are no numbers ({error})") from error
 
     def _run(self, *arguments: str) -> str:
         """Run it; return what it prints.

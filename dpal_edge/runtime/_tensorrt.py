@@ -16,7 +16,11 @@ from dpal_edge.runtime.tensorrt import import_tensorrt, listen
 
 DEVICE = "gpu"
 
-_STALE = "it was built by another TensorRT or for another GPU; build it again with: dpal-edge install BUNDLE"
+# Why an engine does not load, by the name that users know.
+_STALE = {
+    "tensorrt": "it was built by another TensorRT or for another GPU; build it again with: dpal-edge install BUNDLE",
+    "tensorrt-rtx": "it was compiled by another release, or not for this card; export the bundle again with this one",
+}
 
 
 class TensorRtBackend:
@@ -152,7 +156,7 @@ def open_engine(path: Path, device: str, trt: Any, name: str, *, recorded: bool)
     log = listen(trt)
     engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise ModelFileError(f"{path}: {name} {trt.__version__} cannot load it ({log.reason()}); {_STALE}")
+        raise ModelFileError(f"{path}: {name} {trt.__version__} cannot load it ({log.reason()}); {_STALE[name]}")
     return TensorRtBackend(engine, trt, cuda, log, name, recorded=recorded)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,9 +108,9 @@ def read_goldens(bundle: Path, manifest: Manifest) -> tuple[NDArray[np.uint8], O
     """
     file = manifest.file(bundle, manifest.golden)
     try:
-        with np.load(file) as arrays:  # never unpickles
+        with file.open("rb") as opened, np.load(opened) as arrays:  # never unpickles
             return arrays["images"], {head.name: arrays[head.name] for head in manifest.heads}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, KeyError, MemoryError, ValueError, BadZipFile, ZlibError) as error:
         raise ModelFileError(f"{file}: not the goldens of this bundle ({error}); export it again") from error
 
 
@@ -118,6 +120,17 @@ def largest_errors(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDA
         name: float(np.abs(found[name] - array).max()) / max(float(np.abs(array).max()), np.finfo(np.float32).tiny)
         for name, array in expected.items()
     }
+
+
+def least_cosines(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """Return by head the least cosine similarity of an image's output with what is expected; 1 where that is all 0."""
+    least = {}
+    for name, array in expected.items():
+        a, b = (np.asarray(part, np.float64).reshape(len(array), -1) for part in (found[name], array))
+        lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosines = (a * b).sum(1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+        least[name] = float(cosines[b.any(1)].min(initial=1.0))
+    return least
 
 
 def worst_head(errors: Mapping[str, float]) -> str:

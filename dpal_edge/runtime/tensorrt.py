@@ -13,6 +13,7 @@ from dpal_edge.errors import BackendUnavailable, ModelFileError
 
 # Versions whose engines of ViTs build and then compute something else: NVIDIA/TensorRT 4419, 4558, 4723 and 4742.
 SILENTLY_WRONG = ("10.3", "10.4")
+NEWER = "a newer TensorRT is the remedy: 10.7 as a tarball for L4T, or JetPack 7 (7.2 on Orin)"
 
 _OLDEST = 10  # major version: 8.6 builds no strongly typed networks, its parser stops at opset 17
 
@@ -37,6 +38,7 @@ class Built:
     engine: bytes
     log: tuple[str, ...]  # with a line for each layer
     timing_cache: bytes  # what it measured, which makes the next build shorter; empty where it keeps none
+    cache_taken: bool  # the timing cache that was given, for a start
 
 
 def import_tensorrt() -> Any:
@@ -52,31 +54,45 @@ def import_tensorrt() -> Any:
             f"TensorRT cannot be imported ({error}); JetPack installs it for the system's Python: make the environment "
             f"with python3 -m venv --system-site-packages"
         ) from error
-    if int(trt.__version__.partition(".")[0]) < _OLDEST:
-        raise BackendUnavailable(
-            f"TensorRT {trt.__version__} is older than the strongly typed graphs of this package need; 10.3 or later "
-            f"comes with JetPack 6.1"
-        )
+    require_strong_types("TensorRT", trt.__version__)
     return trt
 
 
+def require_strong_types(name: str, version: str) -> None:
+    """Refuse a release that is too old for our graphs; ``name`` is what it comes as.
+
+    Raises:
+        BackendUnavailable: it is.
+    """
+    if int(version.partition(".")[0]) < _OLDEST:
+        raise BackendUnavailable(
+            f"{name} {version} is older than the strongly typed graphs of this package need; 10.3 or later comes with "
+            f"JetPack 6.1"
+        )
+
+
 def listen(trt: Any) -> Any:
-    """Return a logger for TensorRT that keeps what it is told in ``lines``; ``reason()`` is the last complaint."""
-    complaints = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING)
+    """Return a logger for TensorRT that keeps what it is told in ``lines``; ``reason()`` is the last error.
+
+    Without an error it is the last warning.
+    """
+    severities = trt.ILogger.Severity
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # super() does not reach the constructor of a bound class
             self.lines: list[str] = []
-            self._complaint = "it does not say why"
+            self._error, self._warning = "", "it does not say why"
 
         def log(self, severity: Any, message: str) -> None:
             self.lines.append(message)
-            if severity in complaints:
-                self._complaint = " ".join(message.split())
+            if severity in (severities.INTERNAL_ERROR, severities.ERROR):
+                self._error = " ".join(message.split())
+            elif severity == severities.WARNING:
+                self._warning = " ".join(message.split())
 
         def reason(self) -> str:
-            return self._complaint
+            return self._error or self._warning
 
     return Log()
 
@@ -85,8 +101,8 @@ def build_engine(trt: Any, graph: Path, options: BuildOptions, *, timing_cache: 
     """Compile the ONNX file ``graph``, whose first axes are batches, with the bindings ``trt``.
 
     Args:
-        timing_cache: of an earlier build by the same version on the same GPU, which may be empty; None keeps none, as
-            TensorRT for RTX.
+        timing_cache: of an earlier build by the same version on the same GPU, which may be empty; one that is damaged
+            or of another is left unused. None keeps none, as TensorRT for RTX.
 
     Raises:
         ModelFileError: the parser or the compiler refuses the graph; TensorRT's own words say why.
@@ -107,14 +123,22 @@ def build_engine(trt: Any, graph: Path, options: BuildOptions, *, timing_cache: 
         image = network.get_input(i)
         profile.set_shape(image.name, *((batch, *tuple(image.shape)[1:]) for batch in options.batches))
     config.add_optimization_profile(profile)
-    if timing_cache is not None:  # one of another GPU or version is left unused, with a message
-        config.set_timing_cache(config.create_timing_cache(timing_cache), False)
+    taken = timing_cache is not None and _take_timings(config, timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ModelFileError(f"{graph.name}: TensorRT {trt.__version__} cannot build it ({log.reason()})")
     measured = None if timing_cache is None else config.get_timing_cache()
     kept = b"" if measured is None else bytes(measured.serialize())
-    return Built(engine=bytes(engine), log=tuple(log.lines), timing_cache=kept)
+    return Built(engine=bytes(engine), log=tuple(log.lines), timing_cache=kept, cache_taken=taken)
+
+
+def _take_timings(config: Any, known: bytes) -> bool:
+    """Start from the timings ``known``, or from none where TensorRT refuses them; return whether it took them."""
+    cache = config.create_timing_cache(known)
+    if cache is not None and config.set_timing_cache(cache, False):
+        return True
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+    return False
 
 
 def _network_flags(trt: Any) -> int:

@@ -40,7 +40,7 @@ print(json.dumps({"version": trt.__version__, "module": dir(trt), "classes": nam
 
 
 @pytest.fixture(scope="module", params=BINDINGS)
-def real(request, tmp_path_factory):
+def real(request, cc, tmp_path_factory):
     """Return what the real bindings of a version have: names of the module, and of each of its classes."""
     version = request.param
     folder = KEPT / version
@@ -56,7 +56,7 @@ def real(request, tmp_path_factory):
     source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
     for name in LIBRARIES:
         soname = f"lib{name}.so.{version.partition('.')[0]}"
-        subprocess.run(["cc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", empty / soname, source], check=True)
+        subprocess.run([cc, "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", empty / soname, source], check=True)
     command = [sys.executable, "-c", TELL, str(folder)]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(empty)}
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

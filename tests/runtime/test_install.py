@@ -21,6 +21,7 @@ from dpal_edge.runtime.installed import Choice, read_choice, write_record
 from dpal_edge.runtime.model import Model
 
 TRTEXEC = Path(__file__).parent / "fake_gpu" / "trtexec.py"
+REMEDY = "a newer TensorRT is the remedy: 10.7 as a tarball for L4T, or JetPack 7 (7.2 on Orin)"
 
 
 @pytest.fixture
@@ -57,7 +58,10 @@ def test_the_fastest_that_passes_is_used(bundle, gpu, cache):
     assert [latency.batch for latency in result.chosen.latency] == [1, 4, 8]
     fp16 = result.attempts[0]
     assert fp16.median_ms(4) > 50 > result.chosen.median_ms(4)
-    assert lines[0].startswith("tensorrt 10.3.0 is known to build ViT engines that are silently wrong")
+    [wrong] = [line for line in lines if "silently wrong" in line]
+    assert (
+        wrong == f"tensorrt 10.3.0 is known to build ViT engines that are silently wrong; only goldens tell; {REMEDY}"
+    )
     model = Model.open(bundle)
     assert model.name == "tensorrt 10.3.0 Fake Orin"
     images = np.full((2, *SIZE, 3), 9, np.uint8)
@@ -71,6 +75,35 @@ def test_a_compiler_that_is_silently_wrong_is_found_out(bundle, gpu):
     assert tried(result) == {("trt-fp16", "tensorrt"): True, ("trt-int8", "tensorrt"): False}
     assert result.chosen.target == "trt-fp16"
     assert "allowed 2.0e-02" in result.attempts[1].found
+    assert result.attempts[1].found.endswith(f"; {REMEDY}")
+    assert "remedy" not in result.attempts[0].found
+    assert result.attempts[1].latency == ()
+
+
+def test_what_is_wrong_within_the_allowed_error_is_found_out(bundle, gpu):
+    gpu(wrong="in int8", tensorrt="10.16.1")
+    manifest = Manifest.read(bundle)
+    lenient = [
+        dataclasses.replace(artifact, parity=dataclasses.replace(artifact.parity, tolerance=9.0))
+        for artifact in manifest.artifacts
+    ]
+    dataclasses.replace(manifest, artifacts=tuple(lenient)).write(bundle)
+    fp16, int8 = install(bundle, backend="tensorrt", say=print).attempts
+    assert (fp16.passed, int8.passed) == (True, False)
+    assert fp16.cosine > 0.999999 > 0.99 > int8.cosine
+    assert "allowed 9.0e+00; cosine 0." in int8.found
+    assert int8.found.endswith(" (embedding), least 0.9990")
+
+
+def test_a_form_that_fails_when_it_is_timed_leaves_the_others(bundle, gpu):
+    gpu(fails="in int8")
+    result = install(bundle, backend="tensorrt", say=print)
+    assert tried(result) == {("trt-fp16", "tensorrt"): True, ("trt-int8", "tensorrt"): False}
+    assert result.chosen.target == "trt-fp16"
+    assert [latency.batch for latency in result.chosen.latency] == [1, 4, 8]
+    assert (
+        "failed when it was timed with 8 at a time: tensorrt 10.3.0 Fake Orin: the engine" in result.attempts[1].found
+    )
     assert result.attempts[1].latency == ()
 
 
@@ -140,6 +173,45 @@ def test_a_damaged_engine_is_built_again_with_a_line(bundle, gpu, cache):
     assert Model.open(bundle).name.startswith("tensorrt")
 
 
+def test_other_weights_of_the_same_graph_are_another_engine(bundle, gpu, cache):
+    """Of a linked model, whose graph stays the same bytes."""
+    manifest = Manifest.read(bundle)
+    weights = bundle / "weights.safetensors"
+
+    def pack(content):
+        weights.write_bytes(content.ljust(16 << 20))
+        [*_, last] = manifest.artifacts
+        last = dataclasses.replace(last, data=(FileSpec.of(weights),))
+        dataclasses.replace(manifest, artifacts=(last,)).write(bundle)
+        lines = []
+        return install(bundle, backend="tensorrt", say=lines.append), lines
+
+    gpu(free_mib=300)
+    result, _ = pack(b"first")
+    assert "300 MiB of the GPU's memory are free, building model.int8.onnx takes about 352 MiB" in result.as_text()
+    gpu(free_mib=4096)
+    for content in (b"first", b"second"):
+        _, lines = pack(content)
+        assert "built in" in lines[-1]
+    assert len(list((cache / "engines").glob("*.engine"))) == 2
+    assert pack(b"first")[1] == [*lines[:-1], "trt-int8: engine from the cache"]
+
+
+@pytest.mark.parametrize("content", [b"damaged by a crash", b"of another GPU"])
+def test_timings_that_cannot_be_used_are_replaced_with_a_line(bundle, gpu, cache, content):
+    gpu()
+    install(bundle, backend="tensorrt", say=print)
+    [timing] = (cache / "timing").iterdir()
+    timing.write_bytes(content)
+    for path in (cache / "engines").iterdir():
+        path.unlink()
+    lines = []
+    assert install(bundle, backend="tensorrt", say=lines.append).chosen
+    told = f"{timing.name} in the cache is damaged or of another TensorRT; kernels were timed anew"
+    assert lines.count(told) == 1
+    assert timing.read_bytes() == b"measured\n" * 2
+
+
 def test_a_newer_tensorrt_builds_anew_with_a_line(bundle, gpu):
     gpu(tensorrt="10.3.0")
     install(bundle, backend="tensorrt", say=print)
@@ -150,6 +222,14 @@ def test_a_newer_tensorrt_builds_anew_with_a_line(bundle, gpu):
     install(bundle, backend="tensorrt", say=lines.append)
     assert any("{'tensorrt': 'tensorrt 10.3.0'}, which is not this device as it is now" in line for line in lines)
     assert Model.open(bundle).name == "tensorrt 10.16.1 Fake Orin"
+    gpu(tensorrt="11.4.0")
+    lines.clear()
+    install(bundle, backend="tensorrt", say=lines.append)
+    told = (
+        "model.{}.onnx was last built for {{'tensorrt': 'tensorrt 10.16.1'}}, which is not this device as it is now; "
+    )
+    expected = [told.format(form) + "building it" for form in ("fp16", "int8")]
+    assert [line for line in lines if "was last built" in line] == expected
 
 
 def test_too_little_memory_is_said_before_the_build(bundle, gpu):
@@ -203,6 +283,15 @@ def test_unknown_engines_and_damaged_bundles(bundle, gpu):
         install(bundle, backend="tensorrt", say=print)
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 and no more"])
+def test_goldens_that_cannot_be_read(bundle, content):
+    (bundle / "golden.npz").write_bytes(content)
+    manifest = Manifest.read(bundle)
+    dataclasses.replace(manifest, golden=FileSpec.of(bundle / "golden.npz")).write(bundle)
+    with pytest.raises(ModelFileError, match=r"golden\.npz: not the goldens of this bundle .*; export it again"):
+        install(bundle, say=print)
+
+
 @pytest.fixture
 def trtexec(gpu, cudart, tmp_path, monkeypatch):
     """Put a trtexec on the path that knows TensorRT, which Python here cannot import."""
@@ -247,6 +336,40 @@ def test_trtexec_finds_out_what_is_wrong(bundle, trtexec):
     assert result.chosen is None
     assert "trtexec --onnx=" in result.attempts[0].found
     assert "Error Code 10: no implementation" in result.attempts[0].found
+
+
+def test_trtexec_says_what_overflows(bundle, trtexec):
+    trtexec.setenv("FAKE_OVERFLOWS", "in int8")
+    result = install(bundle, backend="tensorrt", say=print)
+    assert tried(result) == {("trt-fp16", "trtexec"): True, ("trt-int8", "trtexec"): False}
+    assert "trtexec 10.3.0: the engine gives values that are no numbers (" in result.attempts[1].found
+    assert result.attempts[1].found.endswith(f"; {REMEDY}")
+
+
+def test_trtexec_that_fails_when_it_times_leaves_the_other_form(bundle, trtexec):
+    trtexec.setenv("FAKE_FAILS", "in int8")
+    result = install(bundle, backend="tensorrt", say=print)
+    assert tried(result) == {("trt-fp16", "trtexec"): True, ("trt-int8", "trtexec"): False}
+    assert "failed when it was timed with 8 at a time: trtexec --loadEngine" in result.attempts[1].found
+    assert result.chosen.target == "trt-fp16"
+
+
+def test_a_trtexec_that_is_too_old(bundle, trtexec):
+    trtexec.setenv("FAKE_TENSORRT", "8.6.2")
+    result = install(bundle, backend="tensorrt", say=print)
+    assert set(tried(result).values()) == {None}
+    assert "; trtexec 8.6.2 is older than the strongly typed graphs" in result.attempts[0].found
+
+
+def test_a_detector_is_built_for_single_frames(tmp_path, gpu, cache):
+    gpu()
+    finder = write_detector_bundle(tmp_path / "finder")
+    manifest = Manifest.read(finder)
+    [onnx] = manifest.artifacts
+    dataclasses.replace(manifest, artifacts=(dataclasses.replace(onnx, target="trt-fp16"),)).write(finder)
+    assert install(finder, backend="tensorrt", say=print).chosen
+    [facts] = (cache / "engines").glob("*.json")
+    assert json.loads(facts.read_text())["options"]["batches"] == [1, 1, 32]
 
 
 def test_the_command(bundle, gpu):

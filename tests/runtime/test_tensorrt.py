@@ -127,6 +127,18 @@ def test_no_tensorrt_and_one_that_is_too_old(gpu):
         import_tensorrt()
 
 
+def test_an_engine_for_rtx_that_install_cannot_build(tmp_path, gpu, monkeypatch):
+    gpu(tensorrt="10.3.0")
+    monkeypatch.setattr("dpal_edge.runtime._tensorrt_rtx.load_bindings", import_tensorrt)
+    path = build(tmp_path).rename(tmp_path / "model.rtx")
+    assert open_backend(path).name == "tensorrt-rtx 10.3.0 Fake Orin"
+    gpu(tensorrt="10.16.1")
+    with pytest.raises(
+        ModelFileError, match=r"tensorrt-rtx 10\.16\.1 cannot load it.*export the bundle again with this"
+    ):
+        open_backend(path)
+
+
 def test_graphs_that_are_refused(tmp_path, gpu):
     gpu(refuse=1)
     with pytest.raises(ModelFileError, match=r"cannot build it .Error Code 10: no implementation for node 7"):
@@ -143,6 +155,15 @@ def test_what_was_measured_starts_the_next_build(tmp_path, gpu):
     first = build_engine(import_tensorrt(), graph, BuildOptions(), timing_cache=b"")
     again = build_engine(import_tensorrt(), graph, BuildOptions(), timing_cache=first.timing_cache)
     assert (first.timing_cache, again.timing_cache) == (b"measured\n", b"measured\nmeasured\n")
+    assert again.cache_taken
+
+
+@pytest.mark.parametrize("known", [b"damaged", b"of another GPU"])
+def test_what_was_measured_and_cannot_be_used(tmp_path, gpu, known):
+    gpu()
+    graph = write_model(tmp_path / "model.onnx")
+    built = build_engine(import_tensorrt(), graph, BuildOptions(), timing_cache=known)
+    assert (built.timing_cache, built.cache_taken) == (b"measured\n", False)
 
 
 def test_cuda_says_what_failed(gpu):

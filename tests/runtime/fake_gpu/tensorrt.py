@@ -15,8 +15,11 @@ import onnx
 import onnxruntime
 
 __version__ = os.environ.get("FAKE_TENSORRT", "10.3.0")
-# Engines of graphs that hold these names compute something else without a word, or take 5 ms longer.
-_WRONG, _SLOW = (os.environ.get(name, "nothing at all").encode() for name in ("FAKE_WRONG", "FAKE_SLOW"))
+# Engines of graphs that hold these names compute something else without a word, take 5 ms longer, fail on 8 images, or
+# overflow (in trtexec).
+_WRONG, _SLOW, _FAILS, _OVERFLOWS = (
+    os.environ.get(f"FAKE_{name}", "nothing at all").encode() for name in ("WRONG", "SLOW", "FAILS", "OVERFLOWS")
+)
 _MAGIC = b"fake engine\n"
 
 
@@ -138,9 +141,13 @@ class IBuilderConfig:
         self._profiles.append(profile)
 
     def create_timing_cache(self, content):
-        return ITimingCache(content)
+        return None if content.startswith(b"damaged") else ITimingCache(content)
 
     def set_timing_cache(self, cache, ignore_mismatch):
+        if not isinstance(cache, ITimingCache):
+            raise TypeError("set_timing_cache(): incompatible function arguments")
+        if cache._content.startswith(b"of another"):
+            return False
         self._cache = cache
         return True
 
@@ -167,6 +174,7 @@ class Builder:
         self._logger.log(ILogger.Severity.INFO, "Name: a_product, LayerType: gemm, Inputs: [], Constants: ")
         if os.environ.get("FAKE_REFUSE"):
             self._logger.log(ILogger.Severity.ERROR, "Error Code 10: no implementation\nfor node 7")
+            self._logger.log(ILogger.Severity.WARNING, "Some weights are not used")
             return None
         header = {"version": __version__, "profile": config._profiles[0]._shapes, "workspace": config._workspace}
         return IHostMemory(_MAGIC + json.dumps(header).encode() + b"\n" + network._content)
@@ -265,6 +273,8 @@ class IExecutionContext:
     def execute_async_v3(self, stream):
         assert stream
         assert "activations" in self._addresses
+        if _FAILS in self._engine._content and any(shape[0] == 8 for shape in self._shapes.values()):
+            return False
         self._queued.append(dict(self._shapes))
         began = time.perf_counter()
         cuda.fakeQueue(self._call, len(self._queued) - 1)
