@@ -8,6 +8,7 @@ Needs the network or pip's cache. Without what every virtual environment has of 
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,9 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine(), "extras": {}}
     with tempfile.TemporaryDirectory() as folder:
-        pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, str(ROOT))
+        source = Path(folder) / "source"  # pip would leave its build in the tree
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "bench"))
+        pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, str(source))
         [wheel] = Path(folder).glob("*.whl")
         results["wheel_mb"] = megabytes([wheel])
         for extras in EXTRAS:

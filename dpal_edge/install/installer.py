@@ -38,6 +38,7 @@ class Attempt:
     precision: str | None = None  # that the engine is told to compute in; None: the file's own
     passed: bool | None  # None: it cannot run here
     found: str  # in words
+    name: str = ""  # of the engine that ran it, with its version and device
     error: float | None = None  # largest, over the largest output of the same head
     allowed: float | None = None
     cosine: float | None = None  # least similarity of an image's output with the golden one, of all heads
@@ -126,8 +127,8 @@ def install(bundle: Path, *, backend: str | None = None, say: Callable[[str], No
     chosen = min(passed, key=lambda a: (a.engine == _TRTEXEC, a.median_ms(ranked)), default=None)
     record = None
     if chosen is not None and chosen.engine != _TRTEXEC:
-        choice = Choice(target=chosen.target, engine=chosen.engine, precision=chosen.precision, file=chosen.file,
-                        sha256=chosen.sha256)  # fmt: skip
+        choice = Choice(target=chosen.target, engine=chosen.engine, name=chosen.name, precision=chosen.precision,
+                        file=chosen.file, sha256=chosen.sha256)  # fmt: skip
         record = str(write_record(bundle, choice, {"attempts": [asdict(attempt) for attempt in attempts]}))
     return Installation(bundle=str(bundle), attempts=tuple(attempts), chosen=chosen, ranked=ranked, record=record)
 
@@ -189,7 +190,7 @@ class _Installer:
             f"least {least:.4f}"
         )
         passed = error <= allowed and cosine >= least
-        return replace(attempt, passed=passed, found=text, error=error, allowed=allowed, cosine=cosine)
+        return replace(attempt, passed=passed, found=text, name=name, error=error, allowed=allowed, cosine=cosine)
 
     def _timed(
         self, attempt: Attempt, batch: int, runners: Mapping[str, "_Runner"], times: Mapping[str, list[float]]

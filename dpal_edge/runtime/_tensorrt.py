@@ -3,8 +3,9 @@
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from dpal_edge.runtime.cuda import Buffer, Cuda, Event, Graph, Memory, Stream
 from dpal_edge.runtime.tensorrt import import_tensorrt, listen
 
 DEVICE = "gpu"
+
+_Resource = TypeVar("_Resource", Buffer, Event, Memory, Stream)
 
 # Why an engine does not load, by the name that users know.
 _STALE = {
@@ -45,14 +48,14 @@ class TensorRtBackend:
         self.inputs = {n: tuple(None if side < 0 else side for side in self._shapes[n]) for n in entering}
         self.most = min(int(engine.get_tensor_profile_shape(n, 0)[2][0]) for n in entering)  # images at a time
         self._leaving = [n for n in names if n not in entering]
-        self._cuda, self._stream = cuda, Stream(cuda)
-        self._activations = Memory(cuda, int(engine.device_memory_size_v2))
-        self._buffers = {n: Buffer(cuda, self.most * self._bytes(n)) for n in names}
         self._contexts: dict[int, Any] = {}  # by number of images, as the next
         self._graphs: dict[int, Graph] = {}
         self._events: tuple[Event, Event] | None = None  # before and after a call that is timed
-        self._owned: list[Buffer | Event | Memory | Stream] = [*self._buffers.values(), self._activations, self._stream]
-        self.close = weakref.finalize(self, _free, self._graphs, self._owned)
+        self._owned: list[Buffer | Event | Memory | Stream] = []
+        self.close = weakref.finalize(self, _free, self._graphs, self._owned)  # also of half of them, should one fail
+        self._cuda, self._stream = cuda, self._own(Stream(cuda))
+        self._activations = self._own(Memory(cuda, int(engine.device_memory_size_v2)))
+        self._buffers = {n: self._own(Buffer(cuda, self.most * self._bytes(n))) for n in names}
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Map arrays by input name to arrays by output name."""
@@ -64,8 +67,7 @@ class TensorRtBackend:
     def run_timed(self, feeds: Mapping[str, NDArray[Any]]) -> float:
         """Run as ``run`` does; return the milliseconds between CUDA's events before and after."""
         if self._events is None:
-            self._events = Event(self._cuda), Event(self._cuda)
-            self._owned += self._events
+            self._events = self._own(Event(self._cuda)), self._own(Event(self._cuda))
         before, after = self._events
         count = self._take(feeds)
         before.record(self._stream)
@@ -75,6 +77,11 @@ class TensorRtBackend:
         for name in self._leaving:  # a call gives its outputs away, and the host pays for that
             self._view(name, count).copy()
         return after.ms_since(before)
+
+    def _own(self, resource: _Resource) -> _Resource:
+        """Have ``close`` free it."""
+        self._owned.append(resource)
+        return resource
 
     def _take(self, feeds: Mapping[str, NDArray[Any]]) -> int:
         """Put the inputs where the engine reads them; return the number of images."""
@@ -161,5 +168,6 @@ def open_engine(path: Path, device: str, trt: Any, name: str, *, recorded: bool)
 
 
 def _free(graphs: dict[int, Graph], resources: list[Buffer | Event | Memory | Stream]) -> None:
-    for resource in (*graphs.values(), *resources):
-        resource.free()
+    for resource in (*graphs.values(), *reversed(resources)):
+        with suppress(ModelFileError):  # after one failure all of CUDA's calls may fail, or none
+            resource.free()

@@ -108,10 +108,14 @@ class Buffer:
     def __init__(self, cuda: Cuda, size: int) -> None:
         self._cuda = cuda
         self.host = cuda.create("cudaHostAlloc", ctypes.c_size_t(size), _MAPPED)
-        if cuda.integrated:
-            self.device = cuda.create("cudaHostGetDevicePointer", self.host, 0)
-        else:
-            self.device = cuda.create("cudaMalloc", ctypes.c_size_t(size))
+        try:
+            if cuda.integrated:
+                self.device = cuda.create("cudaHostGetDevicePointer", self.host, 0)
+            else:
+                self.device = cuda.create("cudaMalloc", ctypes.c_size_t(size))
+        except ModelFileError:
+            cuda.call("cudaFreeHost", self.host)
+            raise
         memory = (ctypes.c_uint8 * size).from_address(int(self.host.value or 0))
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(memory)  # of the host
 

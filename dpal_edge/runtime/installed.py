@@ -13,7 +13,7 @@ from dpal_edge.files import sha256_of, write_text
 from dpal_edge.manifest import manifest_path
 from dpal_edge.runtime.device import cpu_features, jetson
 
-SCHEMA = 1
+SCHEMA = 2
 BUILT_TARGETS = ("trt-fp16", "trt-int8")  # that TensorRT compiles on the device
 CACHE_VARIABLE = "DPAL_EDGE_CACHE"
 
@@ -24,6 +24,7 @@ class Choice:
 
     target: str
     engine: str
+    name: str  # of the engine that was checked, with its version and device
     precision: str | None  # that the engine was told to compute in; None: the file's own
     file: str | None  # that was built here; None: the bundle's own
     sha256: str  # of that file; empty without one, since the manifest has the bundle's

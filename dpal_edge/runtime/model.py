@@ -1,6 +1,7 @@
 """The model of a bundle, opened: images in, the raw output of every head out, as its manifest promises."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -54,7 +55,8 @@ class Model:
             threads: CPU threads inside one operator; by default one per physical core.
 
         Raises:
-            ModelFileError: the bundle or what was installed of it is damaged, or its model does not fit its manifest.
+            ModelFileError: the bundle or what was installed of it is damaged, another version of the engine was
+                installed with, or the model does not fit its manifest.
             BackendUnavailable: no engine here runs any of its artifacts.
         """
         manifest = Manifest.read(bundle)
@@ -67,7 +69,13 @@ class Model:
             artifact = choose_artifact(bundle, manifest, engine=choice.engine, target=choice.target)
             path, engine = manifest.open_artifact(bundle, artifact), choice.engine
         precision = choice.precision if choice else None
-        return cls(open_backend(path, engine=engine, device=device, threads=threads, precision=precision), manifest)
+        backend = open_backend(path, engine=engine, device=device, threads=threads, precision=precision)
+        if choice is not None and backend.name != choice.name:
+            raise ModelFileError(
+                f"{bundle}: installed with {choice.name}, here is {backend.name}, which was not checked; run again: "
+                f"dpal-edge install {bundle}"
+            )
+        return cls(backend, manifest)
 
     def run(self, images: NDArray[np.uint8], heads: Sequence[HeadSpec] | None = None) -> Outputs:
         """Map uint8 RGB images (n, H, W, 3) of the model's size to the output of each head (n, ...); n may be 0.
@@ -158,7 +166,7 @@ def check_images(array: NDArray[np.uint8], name: str, shape: tuple[int | str, ..
 def choose_artifact(
     bundle: Path, manifest: Manifest, *, engine: str | None = None, target: str | None = None
 ) -> Artifact:
-    """Return the first artifact that an engine here reads.
+    """Return the first artifact that an installed engine reads; where none does, the first that one could.
 
     Args:
         bundle: where the manifest is from, for the message.
@@ -169,11 +177,15 @@ def choose_artifact(
     Raises:
         BackendUnavailable: there is none.
     """
+    readable: dict[bool, Artifact] = {}  # the first with an engine that is installed, and the first without
     for artifact in manifest.artifacts:
         readers = ENGINES.get(Path(artifact.file.file).suffix, ())
         wanted = artifact.target == target if target else not artifact.target.startswith(_COMPILED)
         if wanted and readers and engine in (None, *readers):
-            return artifact
+            installed = any(find_spec(name) for name in ((engine,) if engine else readers))
+            readable.setdefault(installed, artifact)
+    if readable:
+        return readable[max(readable)]
     held = ", ".join(artifact.target for artifact in manifest.artifacts) or "nothing"
     known = sorted({name for readers in ENGINES.values() for name in readers})
     raise BackendUnavailable(

@@ -4,6 +4,7 @@ Graphs say their own precision (strongly typed), so nothing is set that a versio
 no calibrator.
 """
 
+from collections import deque
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from dpal_edge.errors import BackendUnavailable, ModelFileError
 SILENTLY_WRONG = ("10.3", "10.4")
 NEWER = "a newer TensorRT is the remedy: 10.7 as a tarball for L4T, or JetPack 7 (7.2 on Orin)"
 
+_LINES = 10_000  # of the log, the newest: a build tells a line for each layer and more
 _OLDEST = 10  # major version: 8.6 builds no strongly typed networks, its parser stops at opset 17
 
 
@@ -81,7 +83,7 @@ def listen(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # super() does not reach the constructor of a bound class
-            self.lines: list[str] = []
+            self.lines: deque[str] = deque(maxlen=_LINES)  # an engine that runs for months may talk, too
             self._error, self._warning = "", "it does not say why"
 
         def log(self, severity: Any, message: str) -> None:

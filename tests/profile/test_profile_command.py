@@ -139,7 +139,7 @@ def broken(monkeypatch):
 
 def test_a_form_that_does_not_open_ends_neither_heads_nor_layers(bundle, tmp_path, broken):
     broken.add("onnxruntime")
-    write_record(bundle, Choice(target="onnx", engine="openvino", precision=None, file=None, sha256=""), {})
+    write_record(bundle, Choice(target="onnx", engine="openvino", name="", precision=None, file=None, sha256=""), {})
     assert run(bundle, "--out", tmp_path / "out", "--people", "1").exit_code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [one["engine"] for one in report["skipped"]] == ["onnxruntime"]
@@ -406,14 +406,16 @@ def test_import_leaves_torch_and_engines_unloaded():
 
 def test_what_install_chose_comes_first(bundle, tmp_path):
     manifest = Manifest.read(bundle)
-    write_record(bundle, Choice(target="onnx", engine="openvino", precision=None, file=None, sha256=""), {})
+    write_record(bundle, Choice(target="onnx", engine="openvino", name="", precision=None, file=None, sha256=""), {})
     forms, _ = find_forms(bundle, manifest, ())
     assert (forms[0].engine, forms[0].computes) == ("openvino", None)
     assert find_forms(bundle, manifest, ("onnxruntime", "openvino"))[0][0].engine == "onnxruntime"
     engine = tmp_path / "model.engine"
     engine.write_bytes(b"built here")
     built = replace(manifest, artifacts=(*manifest.artifacts, replace(manifest.artifacts[0], target="trt-fp16")))
-    choice = Choice(target="trt-fp16", engine="tensorrt", precision=None, file=str(engine), sha256=sha256_of(engine))
+    choice = Choice(
+        target="trt-fp16", engine="tensorrt", name="", precision=None, file=str(engine), sha256=sha256_of(engine)
+    )
     write_record(bundle, choice, {})
     forms, skipped = find_forms(bundle, built, ())
     assert (forms[0].path, forms[0].graph, skipped) == (engine, bundle / "model.onnx", [])

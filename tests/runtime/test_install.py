@@ -18,7 +18,7 @@ from dpal_edge.install.installer import install
 from dpal_edge.manifest import FileSpec, Manifest
 from dpal_edge.runtime.device import CpuFeatures
 from dpal_edge.runtime.installed import Choice, read_choice, write_record
-from dpal_edge.runtime.model import Model
+from dpal_edge.runtime.model import Model, choose_artifact
 
 TRTEXEC = Path(__file__).parent / "fake_gpu" / "trtexec.py"
 REMEDY = "a newer TensorRT is the remedy: 10.7 as a tarball for L4T, or JetPack 7 (7.2 on Orin)"
@@ -138,8 +138,33 @@ def test_bfloat16_is_tried_where_a_cpu_has_it(bundle, monkeypatch):
     exact, fast = result.attempts
     assert exact.error < fast.error
     assert (exact.allowed, fast.allowed) == (1e-3, 0.02)
-    write_record(bundle, Choice(target="onnx", engine="openvino", precision="bf16", file=None, sha256=""), {})
-    assert Model.open(bundle).name.endswith(" cpu bf16")
+    choice = Choice(target="onnx", engine="openvino", name=fast.name, precision="bf16", file=None, sha256="")
+    write_record(bundle, choice, {})
+    assert Model.open(bundle).name == fast.name
+    assert fast.name.endswith(" cpu bf16")
+
+
+def test_another_version_of_the_engine_asks_for_a_new_installation(bundle):
+    assert install(bundle, backend="onnxruntime", say=print).chosen.name.startswith("onnxruntime ")
+    choice = Choice(
+        target="onnx", engine="onnxruntime", name="onnxruntime 0.1 cpu", precision=None, file=None, sha256=""
+    )
+    write_record(bundle, choice, {})
+    with pytest.raises(ModelFileError, match=r"installed with onnxruntime 0\.1 cpu, here is onnxruntime .* run again"):
+        Model.open(bundle)
+
+
+def test_without_an_installation_an_artifact_with_an_engine_here_is_taken(bundle, monkeypatch):
+    manifest = Manifest.read(bundle)
+    [onnx] = [artifact for artifact in manifest.artifacts if artifact.target == "onnx"]
+    other = dataclasses.replace(onnx, target="openvino-int8", file=dataclasses.replace(onnx.file, file="model.xml"))
+    manifest = dataclasses.replace(manifest, artifacts=(other, onnx))
+    assert choose_artifact(bundle, manifest).target == "openvino-int8"
+    here = {"onnxruntime"}
+    monkeypatch.setattr("dpal_edge.runtime.model.find_spec", lambda name: name if name in here else None)
+    assert choose_artifact(bundle, manifest).target == "onnx"
+    here.clear()
+    assert choose_artifact(bundle, manifest).target == "openvino-int8"  # whose engine is then told to be missing
 
 
 def test_engines_are_kept(bundle, gpu, cache):
@@ -253,7 +278,7 @@ def test_records_that_cannot_be_used(bundle, gpu, cache, monkeypatch):
     record = Path(install(bundle, backend="tensorrt", say=print).record)
     document = json.loads(record.read_text())
     for change, text in [
-        ({"schema": 99}, "schema 99, expected 1; run again: dpal-edge install"),
+        ({"schema": 99}, "schema 99, expected 2; run again: dpal-edge install"),
         ({"device": {"module": "another"}}, "installed on {'module': 'another'}, this is"),
         ({"choice": {"target": "trt-fp16"}}, "not a record of an installation"),
     ]:

@@ -82,6 +82,20 @@ def test_all_is_given_back(tmp_path, gpu, cudart):
     assert live.value == before
 
 
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4])
+def test_all_is_given_back_where_memory_runs_out(tmp_path, gpu, cudart, room):
+    gpu()
+    engine = build(tmp_path)
+    gc.collect()
+    live, left = counter(cudart, "live"), counter(cudart, "room")
+    before, left.value = live.value, room  # activations, and two buffers of two parts
+    with pytest.raises(ModelFileError, match=r"(cudaMalloc|cudaHostAlloc) failed"):
+        open_backend(engine)
+    left.value = 1 << 30
+    gc.collect()
+    assert live.value == before
+
+
 def test_inputs_that_do_not_fit(tmp_path, gpu):
     gpu()
     backend = open_backend(build(tmp_path, batches=(1, 2, 4)))

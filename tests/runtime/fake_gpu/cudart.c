@@ -10,6 +10,7 @@ typedef struct { void *to; const void *from; size_t size; Work work; int argumen
 typedef struct { Step steps[64]; int count; } Graph;
 
 static Graph *capture = NULL;
+int room = 1 << 30; /* allocations that still succeed */
 int live = 0;    /* allocations, streams and graphs that nobody has given back */
 int copies = 0;  /* between host and device */
 int launches = 0;
@@ -31,8 +32,8 @@ Error cudaMemGetInfo(size_t *free, size_t *total) {
     *total = (size_t)8192 << 20;
     return 0;
 }
-Error cudaMalloc(void **p, size_t size) { *p = take(size); return 0; }
-Error cudaHostAlloc(void **p, size_t size, unsigned flags) { *p = take(size); return flags == 2 ? 0 : 1; }
+Error cudaMalloc(void **p, size_t size) { if (!room) return 2; room--; *p = take(size); return 0; }
+Error cudaHostAlloc(void **p, size_t size, unsigned flags) { return flags == 2 ? cudaMalloc(p, size) : 1; }
 Error cudaHostGetDevicePointer(void **p, void *host, unsigned flags) { *p = host; return flags; }
 Error cudaFree(void *p) { return give(p); }
 Error cudaFreeHost(void *p) { return give(p); }
