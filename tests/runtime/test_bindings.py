@@ -30,19 +30,27 @@ SYMBOLS = (
     "createNvOnnxParser_INTERNAL", "createNvOnnxParserRefitter_INTERNAL", "getNvOnnxParserVersion",
     "getBuilderPluginRegistry", "getPluginRegistry", "initLibNvInferPlugins",
 )  # fmt: skip
+RTX = "tensorrt-rtx"  # as installed here, with its own libraries
 TELL = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
-import tensorrt_bindings as trt
+if len(sys.argv) > 1:
+    sys.path.insert(0, sys.argv[1])
+    import tensorrt_bindings as trt
+else:
+    from dpal_edge.runtime.rtx import load_bindings
+    trt = load_bindings()
 names = {name: dir(getattr(trt, name)) for name in dir(trt) if isinstance(getattr(trt, name), type)}
 print(json.dumps({"version": trt.__version__, "module": dir(trt), "classes": names}))
 """
 
 
-@pytest.fixture(scope="module", params=BINDINGS)
+@pytest.fixture(scope="module", params=[*BINDINGS, RTX])
 def real(request, cc, tmp_path_factory):
     """Return what the real bindings of a version have: names of the module, and of each of its classes."""
     version = request.param
+    if version == RTX:
+        told = subprocess.run([sys.executable, "-c", TELL], capture_output=True, text=True, check=True)
+        return json.loads(told.stdout)
     folder = KEPT / version
     if not (folder / "tensorrt_bindings").exists():
         package = f"{BINDINGS[version]}=={version}"
@@ -64,7 +72,7 @@ def real(request, cc, tmp_path_factory):
 
 
 def test_every_name_that_we_use_exists(real, gpu):
-    gpu(tensorrt=real["version"])
+    gpu(tensorrt="11.4.0" if real["version"].startswith("1.") else real["version"])  # for RTX it is younger than 11
     fake = importlib.import_module("tensorrt")
     classes = {
         name: kind for name, kind in vars(fake).items() if inspect.isclass(kind) and kind.__module__ == fake.__name__
@@ -83,7 +91,7 @@ def test_flags_are_those_of_the_version(real):
     """Before 11 a network must be told of explicit batches or may be; in 11 the flag is gone."""
     flags = real["classes"]["NetworkDefinitionCreationFlag"]
     assert "STRONGLY_TYPED" in flags
-    assert ("EXPLICIT_BATCH" in flags) == real["version"].startswith("10")
+    assert ("EXPLICIT_BATCH" in flags) == real["version"].startswith("10.")
 
 
 def test_every_function_that_we_call_is_in_cuda():

@@ -45,6 +45,19 @@ def test_an_engine_computes_what_its_graph_says(tmp_path, gpu, cudart, version, 
     assert launches.value >= 3
 
 
+def test_engines_for_rtx_are_queued_each_time(tmp_path, gpu, cudart, monkeypatch):
+    gpu()
+    monkeypatch.setattr("dpal_edge.runtime._tensorrt_rtx.load_bindings", import_tensorrt)
+    backend = open_backend(build(tmp_path).rename(tmp_path / "model.rtx"))
+    assert backend.name.startswith("tensorrt-rtx ")
+    launches = counter(cudart, "launches")
+    before = launches.value
+    for count in (1, 5, 5):
+        images = crops(count)
+        np.testing.assert_allclose(backend.run({"images": images})["embedding"], reference(images), rtol=1e-5)
+    assert launches.value == before
+
+
 def test_its_clock_counts_the_work_and_not_the_recording(tmp_path, gpu, cudart):
     gpu()
     backend = open_backend(build(tmp_path))
