@@ -204,7 +204,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     "--gate",
     multiple=True,
     metavar="NAME=DIR",
-    help="Labelled data that less precise artifacts must hold on; without, they must agree on crops.",
+    help="Labelled data that less precise artifacts must hold on; heads without must agree with float32 on crops.",
 )
 @click.option("--gate-images", type=click.IntRange(min=1), metavar="N", help="Of each split; by default all.")
 @click.option(

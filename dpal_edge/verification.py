@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dpal_edge.errors import BackendUnavailable
+from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.manifest import Artifact, FileSpec, Manifest
 from dpal_edge.runtime.backend import ENGINES, open_backend
 from dpal_edge.runtime.model import Model, Outputs, largest_errors, read_goldens, worst_head
@@ -16,7 +16,7 @@ class Check:
     """One thing that was looked at."""
 
     what: str  # an artifact's target, or a file
-    check: str  # files, goldens or quantization
+    check: str  # artifacts, files, goldens or quantization
     passed: bool | None  # None: it cannot be told here
     found: str
 
@@ -40,7 +40,8 @@ class Verification:
     def as_text(self) -> str:
         """Return a line for each check, and one that sums them up."""
         words = {True: "ok", False: "FAILED", None: "-"}
-        lines = [f"{words[c.passed]:<8}{c.what:<16}{c.check:<14}{c.found}" for c in self.checks]
+        width = max(16, *(len(check.what) + 2 for check in self.checks))
+        lines = [f"{words[c.passed]:<8}{c.what:<{width}}{c.check:<14}{c.found}" for c in self.checks]
         skipped = sum(check.passed is None for check in self.checks)
         rest = f", {skipped} could not be made here" if skipped else ""
         return "\n".join([*lines, f"{self.path}: {'does not hold' if self.failed else 'holds'}{rest}"])
@@ -63,19 +64,19 @@ def verify(path: Path) -> Verification:
     for document in manifest.documents:
         manifest.file(path, document)
     checks: list[Check] = []
+    if not manifest.artifacts:
+        checks.append(Check("bundle", "artifacts", False, f"nothing in it runs: {_refusals(manifest)}"))
     for artifact in manifest.artifacts:
         file = files[artifact.target]
-        specs = (artifact.file, *artifact.data)
-        checks.append(Check(artifact.target, "files", True, ", ".join(_told(spec) for spec in specs)))
+        checks.append(Check(artifact.target, "files", True, ", ".join(_told(spec) for spec in artifact.files)))
         checks.append(_run(artifact, file, manifest, images, expected))
         if artifact.precision == "int8" and file.suffix == ".onnx":
-            if find_spec("onnx"):
-                checks.append(_lint(artifact.target, file))
-            else:
-                checks.append(
-                    Check(artifact.target, "quantization", None, "needs onnx: pip install 'dpal-edge[export]'")
-                )
+            checks.append(_quantization(artifact.target, file))
     return Verification(str(path), tuple(checks))
+
+
+def _refusals(manifest: Manifest) -> str:
+    return "; ".join(f"export refused {one.target} ({one.reason})" for one in manifest.refused) or "it has none"
 
 
 def _told(spec: FileSpec) -> str:
@@ -83,14 +84,16 @@ def _told(spec: FileSpec) -> str:
 
 
 def _run(artifact: Artifact, file: Path, manifest: Manifest, images: Any, expected: Outputs) -> Check:
-    """Run an artifact on the goldens."""
+    """Run an artifact on the goldens; one that cannot be loaded or computes no numbers fails."""
     if file.suffix not in ENGINES:
         return Check(artifact.target, "goldens", None, f"nothing here runs {file.suffix} files")
     try:
         backend = open_backend(file)
+        found = Model(backend, manifest).run(images)
     except BackendUnavailable as error:
         return Check(artifact.target, "goldens", None, str(error))
-    found = Model(backend, manifest).run(images)
+    except ModelFileError as error:
+        return Check(artifact.target, "goldens", False, str(error))
     errors = largest_errors(found, expected)
     worst = worst_head(errors)
     passed = errors[worst] <= artifact.parity.tolerance
@@ -99,6 +102,16 @@ def _run(artifact: Artifact, file: Path, manifest: Manifest, images: Any, expect
         f"{artifact.parity.tolerance:.1e} ({backend.name})"
     )
     return Check(artifact.target, "goldens", passed, text)
+
+
+def _quantization(target: str, file: Path) -> Check:
+    """Lint an artifact, where that can be done; one that is no ONNX model fails."""
+    if find_spec("onnx") is None:
+        return Check(target, "quantization", None, "needs onnx: pip install 'dpal-edge[export]'")
+    try:
+        return _lint(target, file)
+    except ModelFileError as error:
+        return Check(target, "quantization", False, str(error))
 
 
 def _lint(what: str, file: Path) -> Check:

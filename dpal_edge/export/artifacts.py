@@ -1,6 +1,6 @@
 """The artifacts of a bundle: written, run, compared with float32 and judged; INT8 gives up layers until it passes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from dpal_edge.errors import BackendUnavailable, ModelFileError
-from dpal_edge.evaluate.predictor import BundlePredictor
+from dpal_edge.evaluate.predictor import BundlePredictor, head_info
 from dpal_edge.export import openvino, tensorrt_rtx
 from dpal_edge.export.calibration import Coverage, Range, calibrate
 from dpal_edge.export.crops import Crops
@@ -16,15 +16,14 @@ from dpal_edge.export.float16 import to_float16
 from dpal_edge.export.gate import Labelled, judge_agreement
 from dpal_edge.export.lint import lint
 from dpal_edge.export.onnx import INPUT_NAME
-from dpal_edge.export.proof import Outputs, measure_parity
+from dpal_edge.export.proof import Comparison, Outputs, measure_parity
 from dpal_edge.export.quantize import quantize
 from dpal_edge.export.sensitivity import Sensitivity, Switched, rank
 from dpal_edge.export.targets import TARGETS, Target
 from dpal_edge.manifest import Artifact, FileSpec, Latency, Manifest, Parity, Refusal, Verdict
-from dpal_edge.runtime.backend import Backend, open_backend, time_in_turns
+from dpal_edge.runtime.backend import Backend, open_backend, time_in_turns, ways_to_run
 from dpal_edge.runtime.model import Model
 
-_KEPT = (0, 1, 2, 4, 8, 16, 32)  # layers, the most sensitive first, that are tried in float
 _RANKED_IMAGES = 8  # that tell which layers are sensitive
 _ALLOWANCE = 1.5  # times the error that was measured here: what verify and install let pass elsewhere
 _TIMED = ((1, 20), (8, 5))  # batch, least calls
@@ -36,6 +35,7 @@ class Candidate:
 
     file: Path
     parity: Parity
+    errors: Mapping[str, float]  # by head: the largest, over the largest output of float32
     verdicts: tuple[Verdict, ...] = ()
     kept: tuple[str, ...] = ()
 
@@ -54,15 +54,18 @@ class Workshop:
     calibration: Crops
     compared: Crops  # other images where there are enough
     reference: Outputs  # float32, of ``compared``
-    exact: Parity  # of the float32 graph
+    exact: Comparison  # of the float32 graph
     labelled: Labelled | None
     layers: dict[str, tensorrt_rtx.Layers] = field(default_factory=dict)  # by target, what a compiler made of it
+    speeds: dict[str, dict[str, list[Latency]]] = field(default_factory=dict)  # by file, and by what runs it here
     _ranges: tuple[dict[str, Range], Coverage] | None = None
     _ranking: list[Sensitivity] | None = None
     _candidates: dict[tuple[str, str], Candidate] = field(default_factory=dict)
 
     def make(self, names: Sequence[str]) -> tuple[tuple[Artifact, ...], tuple[Refusal, ...]]:
-        """Write the targets of these names, in this order, and time what can run here.
+        """Write the targets of these names, in this order.
+
+        One that cannot be made is refused, as one that does not pass the gate.
 
         Raises:
             BackendUnavailable: a package that a target needs is not installed.
@@ -73,14 +76,49 @@ class Workshop:
         artifacts, refused = [], []
         for name in names:
             target = TARGETS[name]
-            candidate = self._settle("openvino" if target.form == "openvino" else "onnx", target.precision)
-            if candidate.failed:
-                refused.append(Refusal(target=name, reason=_explain(candidate), verdicts=candidate.verdicts))
+            try:
+                candidate = self.settle(target)
+                if candidate.failed:
+                    refused.append(Refusal(target=name, reason=_explain(candidate), verdicts=candidate.verdicts))
+                    continue
+                if target.form == "tensorrt-rtx":
+                    self.layers[name] = tensorrt_rtx.compile_engine(candidate.file, self.folder / target.file)
+            except ModelFileError as error:
+                refused.append(Refusal(target=name, reason=str(error)))
                 continue
-            if target.form == "tensorrt-rtx":
-                self.layers[name] = tensorrt_rtx.compile_engine(candidate.file, self.folder / target.file)
             artifacts.append(self._describe(name, target, candidate))
-        return tuple(self._time(artifacts)), tuple(refused)
+        return tuple(artifacts), tuple(refused)
+
+    def time(self, artifacts: Sequence[Artifact]) -> tuple[Artifact, ...]:
+        """Time float32 and what can run here, in every way that it can, all in turns: a busy moment meets all of them.
+
+        The times of an artifact are those of the way in which it was compared with float32.
+        """
+        opened = [
+            (file, backend)
+            for file in dict.fromkeys((self.float32.name, *(artifact.file.file for artifact in artifacts)))
+            for backend in self._open_all(self.folder / file)
+        ]
+        for batch, least in _TIMED:
+            images = self.compared[np.arange(batch) % len(self.compared)]
+            backends = {f"{file} {backend.name}": backend for file, backend in opened}
+            measured = time_in_turns(backends, {INPUT_NAME: images}, least)
+            for (file, backend), times in zip(opened, measured.values(), strict=True):
+                latency = Latency(batch=batch, median_ms=1e3 * float(np.median(times)), runs=len(times))
+                self.speeds.setdefault(file, {}).setdefault(backend.name, []).append(latency)
+        return tuple(
+            replace(a, latency=tuple(self.speeds.get(a.file.file, {}).get(a.parity.backend, ()))) for a in artifacts
+        )
+
+    def _open_all(self, path: Path) -> Iterator[Backend]:
+        """Yield each way to run a file that works here."""
+        for engine, precision in ways_to_run(path):
+            try:
+                backend = open_backend(path, engine=engine, precision=precision)
+                backend.run({INPUT_NAME: self.compared[:1]})  # OpenVINO compiles, and may fail, when images come
+            except (BackendUnavailable, ModelFileError):
+                continue
+            yield backend
 
     @property
     def float32(self) -> Path:
@@ -102,12 +140,13 @@ class Workshop:
         """The layers by what INT8 costs them, the most costly first; empty where nothing was quantized."""
         return self._ranking or []
 
-    def _settle(self, form: str, precision: str) -> Candidate:
-        """Return what is shipped of a form and a precision, or the last that was tried."""
+    def settle(self, target: Target) -> Candidate:
+        """Return what is shipped for a target, or compiled for it, or the last that was tried."""
+        form, precision = "openvino" if target.form == "openvino" else "onnx", target.precision
         key = (form, precision)
         if key not in self._candidates:
             if precision == "float32":
-                self._candidates[key] = Candidate(self.float32, self.exact)
+                self._candidates[key] = Candidate(self.float32, self.exact.parity, self.exact.errors)
             elif precision == "float16":
                 self._candidates[key] = self._judge(self._write_half(form))
             else:
@@ -115,14 +154,15 @@ class Workshop:
         return self._candidates[key]
 
     def _give_up_layers(self, form: str) -> Candidate:
-        """Leave ever more layers in float until the gate holds."""
+        """Leave ever more layers in float, the most sensitive first, until the gate holds; never all of them."""
         ranking = self._rank()
-        for count in _KEPT:
+        count = 0
+        while True:
             kept = tuple(one.layer for one in ranking[:count])
             candidate = self._judge(self._write_int8(form, kept), kept)
+            count = 2 * count or 1
             if not candidate.failed or count >= len(ranking):
-                break
-        return candidate
+                return candidate
 
     def _write_half(self, form: str) -> Path:
         if form == "openvino":
@@ -146,6 +186,8 @@ class Workshop:
                 f"the quantized graph breaks the rules of its own linter ({report.findings[0].rule} at "
                 f"{report.findings[0].where}); this is a bug, please report it"
             )
+        if not report.quantized:
+            raise ModelFileError("no layer of this model can be INT8; export it in another precision")
         _save(quantized, path)
         return path
 
@@ -162,15 +204,18 @@ class Workshop:
 
     def _judge(self, file: Path, kept: tuple[str, ...] = ()) -> Candidate:
         backend = open_backend(file)
-        parity, found = measure_parity(backend, self.compared, self.reference, 0.0)
+        found = measure_parity(backend, self.compared, self.reference, 0.0)
         # On a device the goldens may come out a little further off, but not by another order.
-        parity = replace(parity, tolerance=_ALLOWANCE * parity.max_rel_error + 1e-3)
-        if self.labelled is None:
-            verdicts = judge_agreement(self.manifest.heads, self.manifest.input.size, self.reference, found)
-        else:
+        parity = replace(found.parity, tolerance=_ALLOWANCE * found.parity.max_rel_error + 1e-3)
+        verdicts: tuple[Verdict, ...] = ()
+        heads = self.manifest.heads
+        if self.labelled is not None:
             predictor = BundlePredictor(Model(backend, self.manifest), {"model": file.name})
             verdicts = self.labelled.judge(predictor)
-        return Candidate(file, parity, verdicts, kept)
+            labelled = self.labelled.folders
+            heads = tuple(head for head in heads if head_info(head.task, head.kind, head.labels).task not in labelled)
+        verdicts += judge_agreement(heads, self.manifest.input.size, self.reference, found.outputs)
+        return Candidate(file, parity, found.errors, verdicts, kept)
 
     def _describe(self, name: str, target: Target, candidate: Candidate) -> Artifact:
         data = [path for path in (candidate.file.with_suffix(".bin"),) if target.form == "openvino" and path.exists()]
@@ -184,22 +229,6 @@ class Workshop:
             kept=candidate.kept,
         )
 
-    def _time(self, artifacts: list[Artifact]) -> list[Artifact]:
-        """Time what can run here, all in turns, so that a busy moment meets all of them."""
-        files = {artifact.file.file: self.folder / artifact.file.file for artifact in artifacts}
-        backends: dict[str, Backend] = {}
-        for name, path in files.items():
-            try:
-                backends[name] = open_backend(path)
-            except BackendUnavailable:
-                continue
-        measured: dict[str, list[Latency]] = {name: [] for name in backends}
-        for batch, least in _TIMED:
-            images = self.compared[np.arange(batch) % len(self.compared)]
-            for name, times in time_in_turns(backends, {INPUT_NAME: images}, least).items():
-                measured[name].append(Latency(batch=batch, median_ms=1e3 * float(np.median(times)), runs=len(times)))
-        return [replace(artifact, latency=tuple(measured.get(artifact.file.file, ()))) for artifact in artifacts]
-
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -207,5 +236,6 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 
 def _explain(candidate: Candidate) -> str:
     worst = "; ".join(f"{v.head}: {v.measure} {v.found:.4f}, least {v.least:.4f}" for v in candidate.failed)
-    kept = f" with {len(candidate.kept)} layers in float" if candidate.kept else ""
-    return f"{worst}{kept}"
+    if candidate.kept:
+        return f"{worst}, with {len(candidate.kept)} layers in float; with twice as many none would be left in INT8"
+    return worst

@@ -5,6 +5,8 @@ it and must pass the gate. Everything happens in a folder beside the bundle that
 """
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import torch
 from dpal_edge import __version__
 from dpal_edge.errors import ConfigError, DataError, ParityError
 from dpal_edge.evaluate.predictor import BundlePredictor
+from dpal_edge.export import tensorrt_rtx
 from dpal_edge.export.artifacts import Workshop
 from dpal_edge.export.crops import Crops, read_inputs
 from dpal_edge.export.gate import Labelled
@@ -65,16 +68,18 @@ class ExportSettings:
 def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
     """Export the model in ``checkpoint`` (a file or a run folder) as a bundle in the folder ``out``.
 
-    Targets that do not pass the gate are left out and named in the manifest's ``refused``.
+    Targets that do not pass the gate are left out and named in the manifest's ``refused``. Where none passes the bundle
+    holds the report and nothing that runs.
 
     Raises:
         ConfigError: ``out`` holds something that is not a bundle, or the size does not fit the patches or a head.
         DataError: no real images to compare on, or none fit to calibrate on.
         ModelFileError: the checkpoint cannot be read, or training parts are left in the graph.
         BackendUnavailable: a package that a target needs is not installed.
-        ParityError: the float32 graph differs from torch by more than the tolerance, or no target passes the gate;
-            ``out`` stays as it was.
+        ParityError: the float32 graph differs from torch by more than the tolerance, or no target passes where ``out``
+            holds some that run; it stays as it was.
     """
+    _restore(out)
     if out.is_symlink() or (out.exists() and not _may_replace(out)):
         raise ConfigError(f"{out}: exists and is no bundle; choose another --out, it would be replaced")
     source = open_source(checkpoint, settings.weights, settings.size)
@@ -86,15 +91,18 @@ def export(checkpoint: Path, out: Path, settings: ExportSettings) -> Manifest:
         model = ExportedModel(source.model, source.mean, source.std)
         write_onnx(model, file, size=model.size, outputs=model.outputs)
         stripped = prove_stripped(file, model, source.parameters)
-        parity = check_parity(file, crops, reference, settings.tolerance)
+        exact = check_parity(file, crops, reference, settings.tolerance)
         golden = write_golden(draft / "golden.npz", crops, reference, GOLDEN_IMAGES)
         manifest = make_manifest(source, reference, (), golden, stripped)
-        workshop = Workshop(draft, manifest, images, crops, reference, parity, open_labelled(file, manifest, settings))
+        workshop = Workshop(draft, manifest, images, crops, reference, exact, open_labelled(file, manifest, settings))
         artifacts, refused = workshop.make(settings.targets)
-        manifest = replace(manifest, artifacts=artifacts, refused=refused)
-        if not artifacts:
+        if not artifacts and _holds_artifacts(out):  # a report is not worth what runs
             reasons = " | ".join(f"{refusal.target}: {refusal.reason}" for refusal in refused)
-            raise ParityError(f"no target passes the gate, nothing was written ({reasons})")
+            raise ParityError(f"no target passes the gate ({reasons}); {out} stays as it was")
+        manifest = replace(manifest, artifacts=workshop.time(artifacts), refused=refused)
+        if workshop.layers:  # what is compiled is read by this version of its runtime alone
+            compiler = {"version": tensorrt_rtx.version(), "options": tensorrt_rtx.OPTIONS.to_dict()}
+            manifest = replace(manifest, provenance={**manifest.provenance, "tensorrt_rtx": compiler})
         manifest = replace(manifest, documents=write_report(draft, manifest, workshop))
         _remove_unnamed(draft, manifest)
         manifest.write(draft)
@@ -192,6 +200,8 @@ def describe(manifest: Manifest, out: Path) -> str:
         lines += [f"          {_verdict(verdict)}" for verdict in artifact.verdicts]
     for refusal in manifest.refused:
         lines.append(f"REFUSED   {refusal.target}: {refusal.reason}")
+    if not manifest.artifacts:
+        return "\n".join([*lines, f"wrote     {out}: nothing that runs; report.html in it says what was found"])
     lines.append(f"wrote     {out} (input uint8 {manifest.input.size[0]}x{manifest.input.size[1]}, outputs "
                  f"{', '.join(head.name for head in manifest.heads)}):")  # fmt: skip
     for artifact in manifest.artifacts:
@@ -227,6 +237,12 @@ def draft_beside(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def _holds_artifacts(out: Path) -> bool:
+    """Say whether ``out``, which may be replaced, is a bundle with something that runs."""
+    manifest = out / MANIFEST_NAME
+    return manifest.exists() and bool(json.loads(manifest.read_text(encoding="utf-8"))["artifacts"])
+
+
 def _may_replace(out: Path) -> bool:
     """Say whether ``out`` is an empty folder or a bundle of any schema; others have a manifest.json too."""
     if not out.is_dir():
@@ -240,12 +256,38 @@ def _may_replace(out: Path) -> bool:
 
 def _replace(draft: Path, out: Path) -> None:
     """Put the finished folder ``draft`` in the place of ``out``, an earlier bundle or nothing."""
-    old = draft.parent / "old"
+    for path in (*draft.iterdir(), draft):
+        _sync(path)  # a rename must not become durable before what it names
+    old = _aside(out)
     if out.exists():
         out.rename(old)
     try:
         draft.rename(out)
-    except BaseException:  # also Ctrl-C: the earlier bundle must not go with the draft's folder
-        if old.exists():
-            old.rename(out)
+    except BaseException:  # also Ctrl-C
+        _restore(out)
         raise
+    _sync(out.parent)
+    _restore(out)
+
+
+def _restore(out: Path) -> None:
+    """Give an earlier bundle its name again where there is no new one, as after a crash; remove it where there is."""
+    old = _aside(out)
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(out)
+
+
+def _aside(out: Path) -> Path:
+    """Return where an earlier bundle waits until the new one has its name."""
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

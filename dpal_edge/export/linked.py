@@ -99,11 +99,11 @@ def link(checkpoint: Path, settings: ExportSettings, name: str | None = None) ->
         folder.mkdir()
         float32 = folder / TARGETS["onnx"].file
         write_onnx(model, float32, size=model.size, outputs=model.outputs)
-        parity = check_parity(float32, crops, reference, settings.tolerance)
+        exact = check_parity(float32, crops, reference, settings.tolerance)
         golden = write_golden(draft / f"{name}.npz", crops, reference, GOLDEN_IMAGES)
         manifest = make_manifest(source, reference, (), golden, _strip(source))
         labelled = open_labelled(float32, manifest, settings)
-        workshop = Workshop(folder, manifest, images, crops, reference, parity, labelled)
+        workshop = Workshop(folder, manifest, images, crops, reference, exact, labelled)
         made, refused = workshop.make(settings.targets)
         if refused:
             raise ParityError(f"{path}: {'; '.join(f'{one.target}: {one.reason}' for one in refused)}")

@@ -18,10 +18,9 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.export.linears import DEQUANTIZE, LINEAR, QUANTIZE, Graph, Linear, attribute, name_of
+from dpal_edge.export.linears import DEQUANTIZE, LINEAR, MOVES, QUANTIZE, Graph, Linear, attribute, name_of
 
 OPSETS = range(19, 21)  # FP16 scales came with 19; 20 is the last that TensorRT 10 reads
-_PASSED = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")  # move numbers without changing them
 _ERROR, _WARNING = "error", "warning"
 
 
@@ -63,13 +62,13 @@ def lint(model: onnx.ModelProto | Path) -> LintReport:
     """Check a graph against all rules; one without Q/DQ nodes passes those that are about them.
 
     Raises:
-        ModelFileError: the file is no ONNX model.
+        ModelFileError: the file is no ONNX model, or its weights are in another file that is missing or damaged.
     """
     if isinstance(model, Path):
         model = _load(model)
     graph = Graph(model)
     linears = list(graph.linears())
-    quantized = sum(1 for layer in linears if layer.activation.dequantize and layer.weight.dequantize)
+    quantized = sum(layer.quantized for layer in linears)
     findings: list[Finding] = []
     for rule in _RULES:
         findings += rule(model, graph, linears)
@@ -86,7 +85,15 @@ def _load(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except DecodeError as error:
-        raise ModelFileError(f"{path}: not an ONNX model ({' '.join(str(error).split())[:200]})") from error
+        raise ModelFileError(f"{path}: not an ONNX model ({_line(error)})") from error
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelFileError(
+            f"{path}: its weights are in another file, which cannot be read ({_line(error)}); copy both together"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 Rule = Callable[[onnx.ModelProto, Graph, list[Linear]], Iterator[Finding]]
@@ -122,7 +129,7 @@ def _types(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Itera
 def _activation_scales(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
     weights = {layer.weight.source for layer in linears}
     for node in graph.nodes:
-        if node.op_type != QUANTIZE or node.input[0] in weights or graph.pair(node.input[0]).source in graph.constants:
+        if node.op_type != QUANTIZE or node.input[0] in weights or graph.pair(node.input[0]).source in graph.shapes:
             continue
         scale = _constant(graph, node, 1)
         if scale is not None and scale.size > 1:
@@ -160,15 +167,25 @@ def _weight_axes(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) ->
             scale = _constant(graph, node, 1)
             if scale is None or scale.size == 1:
                 continue
-            rank = len(graph.constants[layer.weight.source].dims)
+            rank = len(graph.shapes[layer.weight.source])
             axis = attribute(node, "axis", 1) % rank
             if axis != layer.axis or scale.size != layer.channels:
+                wanted = f" along axis {layer.axis}" if layer.axis >= 0 else ""
                 yield Finding(
                     "weight-axis", _ERROR, layer.name, f"{scale.size} scales along axis {axis} of the weight, expected "
-                    f"{layer.channels} along axis {layer.axis}, one per output: compilers quantize nothing else, and "
-                    f"do not say so"
+                    f"{layer.channels}{wanted}, one per output: compilers quantize nothing else, and do not say so"
                 )  # fmt: skip
                 break
+
+
+def _whole_weights(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
+    whole = [s for s in linears if s.weight.dequantize is not None and s.channels > 1
+             and (scale := _constant(graph, s.weight.dequantize, 1)) is not None and scale.size == 1]  # fmt: skip
+    if whole:
+        yield Finding(
+            "weight-scale", _WARNING, whole[0].name, f"one scale for the whole weight, here and in {len(whole) - 1} "
+            f"more layers: one per output costs nothing and keeps small channels"
+        )  # fmt: skip
 
 
 def _weight_pairs(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
@@ -201,7 +218,7 @@ def _left_out(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> It
 
 def _places(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> Iterator[Finding]:
     for node in graph.nodes:
-        if node.op_type != DEQUANTIZE or graph.pair(node.output[0]).source in graph.constants:
+        if node.op_type != DEQUANTIZE or graph.pair(node.output[0]).source in graph.shapes:
             continue
         for reader in _readers(graph, node.output[0]):
             if reader.op_type not in (*LINEAR, "ConvTranspose"):
@@ -233,8 +250,8 @@ def _decomposed(model: onnx.ModelProto, graph: Graph, linears: list[Linear]) -> 
 
 
 _RULES: tuple[Rule, ...] = (
-    _opset, _zero_points, _types, _activation_scales, _scales, _pairs, _weight_axes, _weight_pairs, _halves, _left_out,
-    _places, _body, _decomposed,
+    _opset, _zero_points, _types, _activation_scales, _scales, _pairs, _weight_axes, _whole_weights, _weight_pairs,
+    _halves, _left_out, _places, _body, _decomposed,
 )  # fmt: skip
 
 
@@ -272,7 +289,7 @@ def _same(graph: Graph, quantize: NodeProto, dequantize: NodeProto) -> bool:
 def _readers(graph: Graph, name: str) -> Iterator[NodeProto]:
     """Yield who reads a tensor, also after it has only been moved."""
     for node in graph.consumers[name]:
-        if node.op_type in _PASSED:
+        if node.op_type in MOVES:
             yield from _readers(graph, node.output[0])
         else:
             yield node

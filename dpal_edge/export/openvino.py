@@ -1,7 +1,7 @@
 """OpenVINO's files: FP16 weights, or INT8 by NNCF with its recipe for transformers."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
@@ -9,8 +9,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.export.crops import Crops
+from dpal_edge.export.linears import Graph, name_of
+
+_LAYERS = ("MatMul", "Convolution", "GroupConvolution")
 
 
 def write_fp16(graph: Path, path: Path) -> None:
@@ -36,7 +41,7 @@ def write_int8(graph: Path, path: Path, crops: Crops, kept: Sequence[str]) -> No
 
     Raises:
         BackendUnavailable: NNCF is not installed.
-        ModelFileError: its process ended before it was done.
+        ModelFileError: it fails on the model, or its process ended before it was done.
     """
     if find_spec("nncf") is None:
         raise BackendUnavailable("openvino-int8 needs nncf: pip install 'dpal-edge[export]'")
@@ -50,16 +55,35 @@ def run_alone(function: Callable[..., None], *arguments: Any) -> None:
     along; and its progress bars go to standard output, which belongs to ``--json``.
 
     Raises:
-        ModelFileError: the process ended before the function did.
+        ModelFileError: the function failed, or the process ended before it did.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_be_silent) as pool:
-        try:
-            pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise ModelFileError(
-                "the process of NNCF ended before it had quantized the model (out of memory, or a fault of its own); "
-                "nothing was written: export again, or without openvino-int8"
-            ) from error
+        error = pool.submit(function, *arguments).exception()  # NNCF's exceptions have no base class of their own
+    if error is not None:
+        reason = " ".join(str(error).split())
+        if isinstance(error, BrokenProcessPool):
+            reason = "its process ended before it had quantized the model: out of memory, or a fault of its own"
+        raise ModelFileError(f"NNCF fails ({reason}); export again, or without openvino-int8") from error
+
+
+def int8_layers(path: Path, graph: Path) -> set[str]:
+    """Return what ``graph``, the ONNX file that ``path`` (.xml) was made of, calls the layers that are INT8 in it."""
+    import openvino as ov
+
+    fused = _fused_names(graph)
+    return {
+        _own_name(node, fused)
+        for node in ov.Core().read_model(path).get_ops()
+        if node.get_type_name() in _LAYERS and _stored_type(node) == ov.Type.i8
+    }
+
+
+def _stored_type(layer: Any) -> Any:
+    """Return the type of what a layer's weight is made of, through the conversion and the scale behind it."""
+    node = layer.input_value(1).get_node()
+    while node.get_type_name() in ("Convert", "Multiply", "Reshape", "Transpose"):
+        node = node.input_value(0).get_node()
+    return node.get_output_element_type(0)
 
 
 def _be_silent() -> None:
@@ -72,8 +96,8 @@ def _quantize(graph: Path, path: Path, crops: Crops, kept: tuple[str, ...]) -> N
     import nncf
     import openvino as ov
 
-    model = ov.convert_model(graph)
-    names = [node.get_friendly_name() for node in model.get_ops() if _stays(node, kept)]
+    model, fused = ov.convert_model(graph), _fused_names(graph)
+    names = [node.get_friendly_name() for node in model.get_ops() if _stays(node, kept, fused)]
     quantized = nncf.quantize(
         model,
         nncf.Dataset(list(crops[:, None])),
@@ -86,7 +110,7 @@ def _quantize(graph: Path, path: Path, crops: Crops, kept: tuple[str, ...]) -> N
     ov.save_model(quantized, path, compress_to_fp16=True)
 
 
-def _stays(node: Any, kept: tuple[str, ...]) -> bool:
+def _stays(node: Any, kept: tuple[str, ...], fused: Mapping[str, str]) -> bool:
     """Say whether a node of OpenVINO's stays in float: one of ``kept``, or a product of two activations."""
     if node.get_type_name() == "ScaledDotProductAttention":
         return True
@@ -94,6 +118,21 @@ def _stays(node: Any, kept: tuple[str, ...]) -> bool:
         port.get_source_output().get_node().get_type_name() != "Constant" for port in node.inputs()
     ):
         return True
-    # OpenVINO splits what has a bias in two, and calls the first part so.
-    own = node.get_friendly_name().removesuffix("/WithoutBiases")
-    return own in kept and node.get_type_name() in ("MatMul", "Convolution")
+    return _own_name(node, fused) in kept and node.get_type_name() in _LAYERS
+
+
+def _own_name(node: Any, fused: Mapping[str, str]) -> str:
+    """Return the name that a layer has in the ONNX graph: OpenVINO splits what has a bias in two."""
+    name = str(node.get_friendly_name().removesuffix("/WithoutBiases"))
+    return fused.get(name, name)
+
+
+def _fused_names(graph: Path) -> dict[str, str]:
+    """Return layers by the factors that follow them, as of norms: OpenVINO merges both under the factor's name."""
+    found = Graph(onnx.load(graph))
+    return {
+        name_of(reader): layer.name
+        for layer in found.linears()
+        for reader in found.consumers[layer.node.output[0]]
+        if reader.op_type == "Mul"
+    }

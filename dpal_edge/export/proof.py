@@ -1,6 +1,7 @@
 """Proof of what was written: its weights are the model's and no other, its outputs are those of torch."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,15 @@ from dpal_edge.runtime.model import largest_errors, worst_head
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
 _BATCH = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a written artifact is from float32 torch."""
+
+    parity: Parity
+    errors: dict[str, float]  # by head: the largest, over the largest output that is expected
+    outputs: Mapping[str, NDArray[np.float32]]  # (n, ...) by head
 
 
 @torch.no_grad()
@@ -58,25 +68,24 @@ def prove_stripped(file: Path, model: nn.Module, before: dict[str, int]) -> Stri
     return Stripped(parameters_before=sum(before.values()), parameters_after=after, removed=removed)
 
 
-def check_parity(file: Path, crops: Crops, reference: Outputs, tolerance: float) -> Parity:
+def check_parity(file: Path, crops: Crops, reference: Outputs, tolerance: float) -> Comparison:
     """Run the written file on ``crops``, singly and in batches, against ``reference``.
 
     Raises:
         ParityError: the largest error of a head over its largest reference value is above ``tolerance``.
     """
-    parity, _ = measure_parity(open_backend(file), crops, reference, tolerance)
+    comparison = measure_parity(open_backend(file), crops, reference, tolerance)
+    parity = comparison.parity
     if not parity.max_rel_error <= tolerance:  # also when it is not a number
         raise ParityError(
             f"{file.name}: differs from torch by {parity.max_rel_error:.2e} of the largest output of {parity.head!r} "
             f"on {len(crops)} crops, tolerance {tolerance:.0e} ({parity.backend}); nothing was written"
         )
-    return parity
+    return comparison
 
 
-def measure_parity(
-    backend: Backend, crops: Crops, reference: Outputs, tolerance: float
-) -> tuple[Parity, Mapping[str, NDArray[np.float32]]]:
-    """Run a model on ``crops``, singly and in batches; return how far it is from ``reference``, and its outputs."""
+def measure_parity(backend: Backend, crops: Crops, reference: Outputs, tolerance: float) -> Comparison:
+    """Run a model on ``crops``, singly and in batches, and compare it with ``reference``."""
     batches = _run(backend, crops, _BATCH)
     single = _run(backend, crops[:4], 1)
     twice = {name: np.concatenate([batches[name], single[name]]) for name in reference}
@@ -92,7 +101,7 @@ def measure_parity(
         tolerance=tolerance,
         head=worst,
     )
-    return parity, batches
+    return Comparison(parity, relative, batches)
 
 
 def _run(backend: Backend, crops: Crops, batch: int) -> Mapping[str, NDArray[np.float32]]:

@@ -1,6 +1,7 @@
 """What a bundle holds and how that was found, for people (report.html) and for programs (report.json)."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 
 import onnx
 
+from dpal_edge.export import openvino
 from dpal_edge.export.artifacts import Workshop
 from dpal_edge.export.linears import Graph
+from dpal_edge.export.targets import TARGETS
 from dpal_edge.files import write_text
 from dpal_edge.html import page, table
-from dpal_edge.manifest import Artifact, FileSpec, Manifest
+from dpal_edge.manifest import Artifact, FileSpec, Latency, Manifest, Verdict
 
 _WIDER = {"int8": ("float16", "float32"), "float16": ("float32",)}  # what an artifact should be faster than
+_CLIPS = "Clips are those of the ONNX and TensorRT files; for openvino-int8 NNCF takes its own, from the same images."
 _SHOWN = 20  # layers in the table of the most sensitive
 
 
@@ -34,13 +38,21 @@ def collect(manifest: Manifest, workshop: Workshop) -> dict[str, Any]:
         "input": list(manifest.input.size),
         "heads": [head.name for head in manifest.heads],
         "artifacts": [
-            {**asdict(artifact), "bytes": sum(spec.bytes for spec in (artifact.file, *artifact.data)),
-             "verdict": judge_in_words(artifact, manifest)}
+            {**asdict(artifact), "bytes": sum(spec.bytes for spec in artifact.files),
+             "verdicts": _drops(artifact.verdicts), "layers": _precisions(artifact, workshop),
+             "errors": workshop.settle(TARGETS[artifact.target]).errors,
+             "verdict": judge_in_words(artifact, manifest, workshop.speeds)}
             for artifact in manifest.artifacts
         ],
-        "refused": [asdict(refusal) for refusal in manifest.refused],
+        "refused": [{**asdict(refusal), "verdicts": _drops(refusal.verdicts)} for refusal in manifest.refused],
+        "speeds": {
+            file: {way: [asdict(one) for one in latency] for way, latency in ways.items()}
+            for file, ways in workshop.speeds.items()
+        },
         "compiled": {name: asdict(layers) for name, layers in workshop.layers.items()},
-        "calibration": workshop.coverage and {**workshop.coverage.to_dict(), "advice": workshop.coverage.advice},
+        "calibration": workshop.coverage and {
+            **workshop.coverage.to_dict(), "advice": workshop.coverage.advice, "clips": _CLIPS
+        },
         "ranges": _ranges_by_layer(workshop),
         "sensitivity": [{**asdict(one), "cost": one.cost} for one in workshop.ranking],
         "provenance": manifest.provenance,
@@ -55,24 +67,43 @@ def _ranges_by_layer(workshop: Workshop) -> dict[str, Any]:
     return {layer.name: asdict(workshop.ranges[layer.activation.source]) for layer in layers}
 
 
-def judge_in_words(artifact: Artifact, manifest: Manifest) -> str:
-    """Say what an artifact costs and gains, in a sentence."""
+def _drops(verdicts: tuple[Verdict, ...]) -> list[dict[str, Any]]:
+    """Return verdicts with what is lost, in points of a hundred."""
+    return [{**asdict(verdict), "drop": 100 * (verdict.reference - verdict.found)} for verdict in verdicts]
+
+
+def _precisions(artifact: Artifact, workshop: Workshop) -> dict[str, str]:
+    """Return the precision of each linear layer, as the file has it that is run or compiled."""
+    file = workshop.settle(TARGETS[artifact.target]).file
+    names = [layer.name for layer in Graph(onnx.load(workshop.float32)).linears()]
+    if artifact.precision != "int8":
+        return dict.fromkeys(names, artifact.precision)
+    if file.suffix == ".xml":
+        quantized = openvino.int8_layers(file, workshop.float32)
+    else:
+        quantized = {layer.name for layer in Graph(onnx.load(file)).linears() if layer.quantized}
+    return {name: "int8" if name in quantized else "float16" for name in names}
+
+
+def judge_in_words(artifact: Artifact, manifest: Manifest, speeds: Mapping[str, Mapping[str, list[Latency]]]) -> str:
+    """Say what an artifact costs and gains, in a sentence; ``speeds`` are by file, and by what ran it here."""
     if artifact.precision == "float32":
         return "exact"
-    worst = min(artifact.verdicts, key=lambda verdict: verdict.found - verdict.least, default=None)
-    text = f"passes; nearest to its limit: {worst.head}, {worst.measure} {worst.found:.4f}" if worst else "not judged"
-    if not artifact.latency:
+    worst = min(artifact.verdicts, key=lambda verdict: verdict.found - verdict.least)
+    text = f"passes; nearest to its limit: {worst.head}, {worst.measure} {worst.found:.4f}"
+    precisions = {target.file: target.precision for target in TARGETS.values()}
+    names = {TARGETS["onnx"].file: "onnx", **{one.file.file: one.target for one in reversed(manifest.artifacts)}}
+    place = 0 if manifest.detects else -1  # of one frame, or of the most people at a time
+    times = [(latency[place].median_ms, file, way) for file, ways in speeds.items() for way, latency in ways.items()]
+    own = min((time for time in times if time[1] == artifact.file.file), default=None)
+    if own is None:
         return f"{text}; not run here"
-    suffix, wider = Path(artifact.file.file).suffix, _WIDER[artifact.precision]
-    same = {a.precision: a for a in manifest.artifacts if a.latency and Path(a.file.file).suffix == suffix}
-    other = next((same[precision] for precision in wider if precision in same), None)
-    if other is None:
-        return text
-    gain = other.latency[-1].median_ms / artifact.latency[-1].median_ms
-    speed = (
-        f"{gain:.2f} times as fast as {other.target}" if gain > 1 else f"not faster than {other.target} ({gain:.2f})"
-    )
-    return f"{text}; {speed} here"
+    other_ms, file, other = min(time for time in times if precisions[time[1]] in _WIDER[artifact.precision])
+    gain = other_ms / own[0]
+    speed = f"{gain:.2f} times as fast as {names[file]} here"
+    if gain <= 1:
+        speed = f"not faster than {names[file]} here ({gain:.2f})"
+    return f"{text}; {speed}, {own[2]} against {other}"
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -82,21 +113,43 @@ def render(facts: dict[str, Any]) -> str:
         f"<p>{escape(facts['model'])}, uint8 RGB {height}x{width}, heads: {escape(', '.join(facts['heads']))}.</p>",
         "<h2>Artifacts</h2>",
         table(
-            ["target", "precision", "MB", "largest error", "batch 1, ms", "batch 8, ms", "verdict"],
+            ["target", "precision", "layers in INT8", "MB", "verdict"],
             [_row(artifact) for artifact in facts["artifacts"]],
         ),
+        "<h2>Largest error of each head</h2>",
+        "<p class='soft'>Over the largest output of float32.</p>",
+        table(
+            ["target", *facts["heads"]],
+            [[one["target"], *(f"{one['errors'][head]:.1e}" for head in facts["heads"])] for one in facts["artifacts"]],
+        ),
+        "<h2>Speed here</h2>",
+        table(
+            ["file", "run by", "batch 1, ms", "batch 8, ms"],
+            [
+                [file, way, *(f"{one['median_ms']:.1f}" for one in latency)]
+                for file, ways in facts["speeds"].items()
+                for way, latency in ways.items()
+            ],
+        ),
     ]
+    wider = [
+        [one["target"], ", ".join(name for name, kind in one["layers"].items() if kind != "int8") or "none"]
+        for one in facts["artifacts"]
+        if one["precision"] == "int8"
+    ]
+    if wider:
+        sections += ["<h2>Layers in FP16 where others are INT8</h2>", table(["target", "layers"], wider)]
     if facts["refused"]:
         sections += [
             "<h2>Refused</h2>",
             table(["target", "why"], [[r["target"], r["reason"]] for r in facts["refused"]]),
         ]
-    judged = [(artifact["target"], verdict) for artifact in facts["artifacts"] for verdict in artifact["verdicts"]]
+    judged = [(one["target"], v) for one in (*facts["artifacts"], *facts["refused"]) for v in one["verdicts"]]
     if judged:
         sections += ["<h2>The gate</h2>", table(
-            ["target", "head", "measure", "float32", "found", "least"],
-            [[target, v["head"], v["measure"], *(f"{v[key]:.4f}" for key in ("reference", "found", "least"))]
-             for target, v in judged],
+            ["target", "head", "measure", "float32", "found", "least", "drop, points"],
+            [[target, v["head"], v["measure"], *(f"{v[key]:.4f}" for key in ("reference", "found", "least")),
+              f"{v['drop']:.2f}"] for target, v in judged],
         )]  # fmt: skip
     if facts["compiled"]:
         sections += ["<h2>What the compiler made of it</h2>", table(
@@ -109,11 +162,10 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _row(artifact: dict[str, Any]) -> list[str]:
-    times = {one["batch"]: f"{one['median_ms']:.1f}" for one in artifact["latency"]}
+    int8 = sum(precision == "int8" for precision in artifact["layers"].values())
     return [
-        artifact["target"], artifact["precision"], f"{artifact['bytes'] / 1e6:.1f}",
-        f"{artifact['parity']['max_rel_error']:.1e} ({artifact['parity']['head']})", times.get(1, ""), times.get(8, ""),
-        artifact["verdict"],
+        artifact["target"], artifact["precision"], f"{int8} of {len(artifact['layers'])}",
+        f"{artifact['bytes'] / 1e6:.1f}", artifact["verdict"],
     ]  # fmt: skip
 
 
@@ -122,7 +174,7 @@ def _calibration(facts: dict[str, Any]) -> list[str]:
     low, high = found["brightness"]
     text = f"{found['images']} images, {found['distinct']} different, grey levels {low:.0f} to {high:.0f}"
     grown = f"the second half widened no range by more than {100 * found['growth']:.0f} %"
-    text += f"; {found['advice'] or grown}."
+    text += f"; {found['advice'] or grown}. {found['clips']}"
     clipped = sorted(facts["ranges"].items(), key=lambda item: -item[1]["clipped"])[:_SHOWN]
     shown = facts["sensitivity"][:_SHOWN]
     return [

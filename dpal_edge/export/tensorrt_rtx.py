@@ -9,6 +9,7 @@ from dpal_edge.errors import BackendUnavailable
 from dpal_edge.runtime.rtx import load_bindings
 from dpal_edge.runtime.tensorrt import BuildOptions, build_engine
 
+OPTIONS = BuildOptions()
 _LAYER = re.compile(r"Name: (?P<name>[^,]*), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: ")
 _SYNCHRONISATION = ("signal", "wait", "shape_call")
 
@@ -30,7 +31,7 @@ def compile_engine(graph: Path, path: Path) -> Layers:
         BackendUnavailable: the packages are not installed.
         ModelFileError: the parser or the compiler refuses the graph.
     """
-    built = build_engine(_load(), graph, BuildOptions())
+    built = build_engine(_load(), graph, OPTIONS)
     path.write_bytes(built.engine)
     return read_layers("\n".join(built.log))
 

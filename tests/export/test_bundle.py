@@ -1,5 +1,6 @@
 import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +189,38 @@ def test_parity_failure_leaves_the_bundle_as_it_was(exported, checkpoint, tmp_pa
         ParityError, match=r"model\.onnx: differs from torch by .* tolerance 1e-12 .* nothing was written"
     ):
         export(checkpoint, out, ExportSettings(tolerance=1e-12))
+    assert content(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_crash_between_two_renames_loses_no_bundle(exported, checkpoint, tmp_path):
+    """It leaves the earlier bundle under another name; the next export gives it its own again, or removes it."""
+    aside, out = tmp_path / ".bundle.replaced", tmp_path / "bundle"
+    shutil.copytree(exported[0], aside)
+    before = content(aside)
+    with pytest.raises(ParityError):
+        export(checkpoint, out, ExportSettings(tolerance=1e-12))
+    assert content(out) == before
+    shutil.copytree(exported[0], aside)
+    (out / "left over").touch()
+    export(checkpoint, out, ExportSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert not (out / "left over").exists()
+
+
+def test_a_failed_rename_leaves_the_bundle_as_it_was(exported, checkpoint, tmp_path, monkeypatch):
+    out, rename = tmp_path / "bundle", Path.rename
+    shutil.copytree(exported[0], out)
+    before = content(out)
+
+    def interrupted(path, target):
+        if path.parent.name.startswith(".bundle."):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoint, out, ExportSettings())
     assert content(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

@@ -124,7 +124,7 @@ def test_other_kinds_and_backbones(tmp_path, config, kinds):
         rtol=1e-3,
         atol=1e-5,
     )
-    assert check_parity(file, images, reference, 1e-4).max_rel_error < 1e-5
+    assert check_parity(file, images, reference, 1e-4).parity.max_rel_error < 1e-5
     prove_stripped(file, exported, {"backbone": 1, "heads": 1})
 
 

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import dpal_edge
 from dpal_edge.errors import ConfigError, ModelFileError, ParityError
 from dpal_edge.export import tensorrt_rtx
 from dpal_edge.export.bundle import ExportSettings
 from dpal_edge.export.crops import read_crops
 from dpal_edge.export.linked import link
+from dpal_edge.export.lint import lint
 from dpal_edge.export.proof import torch_outputs
 from dpal_edge.export.source import open_source
 from dpal_edge.manifest import Manifest
@@ -29,6 +31,7 @@ from dpal_edge.verification import verify
 from tests.export.conftest import CONFIG, DETECTION, HEADS, MEAN, STD, SWIN, tiny_human, write_human
 from tests.export.test_quantization import smooth_crops
 
+ASSETS = Path(dpal_edge.__file__).parent / "assets"
 FORMS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")
 FRAMES = replace(CONFIG, size=(64, 96), window=(2, 3))
 
@@ -170,8 +173,19 @@ def test_nvidias_compiler_takes_them(wide, tmp_path, form):
     if find_spec("tensorrt_rtx_bindings") is None:
         pytest.skip("the compiler is not installed")
     layers = tensorrt_rtx.compile_engine(wide / f"detector_wide.{form}.onnx", tmp_path / "engine.rtx")
-    assert (layers.int8_products > 0) == (form == "int8")
+    assert layers.int8_products == lint(wide / f"detector_wide.{form}.onnx").quantized
     assert (tmp_path / "engine.rtx").stat().st_size > 0
+
+
+def test_nvidias_compiler_makes_int8_of_the_model_of_the_package(tmp_path):
+    """From its own list of layers: all linear ones but those that are kept, and the attention of every block."""
+    if find_spec("tensorrt_rtx_bindings") is None:
+        pytest.skip("the compiler is not installed")
+    manifest = Manifest.read(ASSETS / "dpal_vit_tiny.json")
+    [artifact] = [one for one in manifest.artifacts if one.target == "trt-int8"]
+    layers = tensorrt_rtx.compile_engine(ASSETS / artifact.file.file, tmp_path / "engine.rtx")
+    assert layers.int8_products == 64 - len(artifact.kept)
+    assert layers.fused_attention == 12 + 1  # blocks, and the attributes' queries
 
 
 def test_a_size_keeps_its_own_positions(wide):

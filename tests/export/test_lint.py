@@ -1,15 +1,20 @@
 """Each rule of the linter on a graph that breaks it and no other, and on one that breaks none."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+import dpal_edge
 from dpal_edge.cli import main
 from dpal_edge.errors import ModelFileError
 from dpal_edge.export.lint import lint
+from dpal_edge.manifest import Manifest
 
+ASSETS = Path(dpal_edge.__file__).parent / "assets"
 WIDTH, OUT = 4, 6
 
 
@@ -119,6 +124,71 @@ def bias(builder):
 
 def residual(builder):
     builder.nodes["move"] = helper.make_node("Identity", ["x.float"], ["moved"], "move")
+    builder.nodes["residual"] = helper.make_node("Add", ["moved", "moved"], ["z"], "residual")
+
+
+def moved_weight(builder, shape, operator, *inputs, axis, **settings):
+    """Store the weight in another shape, and move it behind its DequantizeLinear."""
+    builder.set("w", np.ones(shape))
+    builder.set("w.scale", [0.1] * shape[axis])
+    builder.set("w.zero", [0] * shape[axis], np.int8)
+    product = builder.nodes.pop("product")  # which comes last
+    for name in ("wq", "wd"):
+        builder.nodes[name].attribute[0].i = axis
+    builder.nodes["move"] = helper.make_node(operator, ["w.float", *inputs], ["w.moved"], "move", **settings)
+    builder.nodes["product"] = product
+    product.input[1] = "w.moved"
+
+
+def transposed(builder, axis=0):
+    moved_weight(builder, (OUT, WIDTH), "Transpose", axis=axis, perm=[1, 0])
+
+
+def transposed_axis_1(builder):
+    transposed(builder, axis=1)
+
+
+def transposed_and_stored_quantized(builder):
+    transposed(builder)
+    del builder.nodes["wq"], builder.constants["w"]
+    builder.set("w.int8", np.ones((OUT, WIDTH)), np.int8)
+
+
+def reshaped(builder, shape=(WIDTH, OUT, 1), axis=1):
+    builder.set("shape", [0, -1], np.int64)
+    moved_weight(builder, shape, "Reshape", "shape", axis=axis)
+
+
+def reshaped_axis_0(builder):
+    reshaped(builder, axis=0)
+
+
+def merged(builder):
+    """No axis of what is stored is that of the outputs."""
+    reshaped(builder, (WIDTH, 2, OUT // 2), axis=2)
+
+
+def squeezed(builder):
+    builder.set("axes", [0], np.int64)
+    moved_weight(builder, (1, WIDTH, OUT), "Squeeze", "axes", axis=2)
+
+
+def widened(builder):
+    builder.set("axes", [0], np.int64)
+    moved_weight(builder, (WIDTH, OUT), "Unsqueeze", "axes", axis=1)
+    builder.nodes["back"] = helper.make_node("Flatten", ["w.moved"], ["w.back"], "back", axis=2)
+    builder.nodes["product"] = builder.nodes.pop("product")
+    builder.nodes["product"].input[1] = "w.back"
+
+
+def identity(builder):
+    moved_weight(builder, (WIDTH, OUT), "Identity", axis=1)
+
+
+def moved_input(builder):
+    builder.nodes["move"] = helper.make_node("Transpose", ["x.float"], ["x.moved"], "move", perm=[0, 1])
+    builder.nodes["product"] = builder.nodes.pop("product")
+    builder.nodes["product"].input[0] = "x.moved"
 
 
 def float32(builder):
@@ -141,6 +211,10 @@ def test_what_is_right_passes():
     [
         (axis_0, "weight-axis", "product"),
         (too_few_scales, "weight-axis", "product"),
+        (transposed_axis_1, "weight-axis", "product"),
+        (reshaped_axis_0, "weight-axis", "product"),
+        (merged, "weight-axis", "product"),
+        (transposed_and_stored_quantized, "weight-dq-only", "product"),
         (stored_quantized, "weight-dq-only", "product"),
         (asymmetric, "zero-point", "xq"),
         (unsigned, "uint8", "xq"),
@@ -163,6 +237,23 @@ def test_each_fault_is_named_where_it_is(change, rule, where):
     assert {finding.rule for finding in report.findings} == {rule}
     assert where in {finding.where for finding in report.findings}
     assert report.errors == len(report.findings)
+
+
+@pytest.mark.parametrize("change", [transposed, reshaped, squeezed, widened, identity, moved_input])
+def test_what_only_moves_is_looked_through(change):
+    builder = Builder()
+    change(builder)
+    report = lint(builder.build())
+    assert report.findings == ()
+    assert (report.linear, report.quantized) == (1, 1)
+
+
+def test_one_scale_for_a_whole_weight_is_a_warning():
+    builder = Builder()
+    builder.set("w.scale", 0.1)
+    builder.set("w.zero", 0, np.int8)
+    report = lint(builder.build())
+    assert [(f.rule, f.severity, f.where) for f in report.findings] == [("weight-scale", "warning", "product")]
 
 
 def test_layers_left_in_float_are_counted():
@@ -208,3 +299,25 @@ def test_other_files(tmp_path, content):
     assert result.output.count("\n") == 1
     with pytest.raises(ModelFileError, match="cannot be read"):
         lint(tmp_path / "missing.onnx")
+
+
+def test_weights_in_another_file_that_is_gone(tmp_path):
+    onnx.save(Builder().build(), tmp_path / "x.onnx", save_as_external_data=True, location="x.data", size_threshold=0)
+    assert CliRunner().invoke(main, ["verify", str(tmp_path / "x.onnx")]).exit_code == 0
+    for content in (b"short", None):
+        (tmp_path / "x.data").write_bytes(content) if content else (tmp_path / "x.data").unlink()
+        result = CliRunner().invoke(main, ["verify", str(tmp_path / "x.onnx")])
+        assert result.exit_code == 1
+        assert "x.onnx: its weights are in another file, which cannot be read" in result.output
+        assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["dpal_vit_tiny", "person_detector", "person_detector_wide"])
+def test_graphs_of_the_package(name):
+    """They read their weights from a checkpoint, through a Transpose and a Cast."""
+    manifest = Manifest.read(ASSETS / f"{name}.json")
+    [artifact] = [one for one in manifest.artifacts if one.target == "trt-int8"]
+    report = lint(ASSETS / artifact.file.file)
+    assert report.errors == 0
+    if name == "dpal_vit_tiny":
+        assert (report.linear, report.quantized) == (64, 64 - len(artifact.kept))
