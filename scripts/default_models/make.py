@@ -109,22 +109,27 @@ class Maker:
         self._detect("detector", self.work / "student", "detector.yaml")
 
     def pack(self) -> None:
-        """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch."""
+        """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch.
+
+        INT8 and FP16 are held to the metric of each task, as an export with ``--gate`` holds them.
+        """
         # Goldens travel with the package, and of the people in these data only those of Intel's clips may.
         sources = {"student": self.work / "footage" / "crops", "detector": self.work / "footage" / "train"}
         images = {
             run: link_images(folder, self.work / "public" / run, prefixes=PUBLIC) for run, folder in sources.items()
         }
+        tasks = {"student": self._people(), "detector": {"detection": self.data / CROWDS}}
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             if list_checkpoints(self.work / run):
                 student = {"soup": self.soup, "crops": sorted(self.work.glob("embedded/*/*"))[::WHITENED]}
                 pack(self.work / run, path, **(student if run == "student" else {}))
-                if run in images:
-                    settings = ExportSettings(targets=TARGETS, calibration=(str(images[run]),))
-                    link(path, settings)
-                    if run == "detector":
-                        link(path, replace(settings, size=WIDE), f"{name}_wide")
+            if run in images:
+                gate = tuple(f"{task}={folder}" for task, folder in tasks[run].items())
+                settings = ExportSettings(targets=TARGETS, calibration=(str(images[run]),), gate=gate)
+                link(path, settings)
+                if run == "detector":
+                    link(path, replace(settings, size=WIDE), f"{name}_wide")
 
     def compare(self) -> None:
         """Fine-tune a distilled student and a random one alike, several times, and score what comes of each.
