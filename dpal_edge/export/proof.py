@@ -17,7 +17,7 @@ from dpal_edge.manifest import Parity, Stripped
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.vit import normalize
 from dpal_edge.runtime.backend import Backend, open_backend
-from dpal_edge.runtime.model import largest_errors, worst_head
+from dpal_edge.runtime.model import largest_errors, least_cosines, worst_head
 
 Outputs = dict[str, NDArray[np.float32]]  # (n, ...) by head
 _BATCH = 8
@@ -97,7 +97,7 @@ def measure_parity(backend: Backend, crops: Crops, reference: Outputs, tolerance
         images=len(crops),
         max_abs_error=float(np.abs(twice[worst] - expected[worst]).max()),
         max_rel_error=relative[worst],
-        min_cosine=min(_least_cosine(batches[name], array) for name, array in reference.items()),
+        min_cosine=min(least_cosines(batches, reference).values()),
         tolerance=tolerance,
         head=worst,
     )
@@ -107,9 +107,3 @@ def measure_parity(backend: Backend, crops: Crops, reference: Outputs, tolerance
 def _run(backend: Backend, crops: Crops, batch: int) -> Mapping[str, NDArray[np.float32]]:
     parts = [backend.run({INPUT_NAME: crops[start : start + batch]}) for start in range(0, len(crops), batch)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _least_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Return the least cosine similarity of an image's output with its reference."""
-    a, b = found.reshape(len(found), -1), expected.reshape(len(expected), -1)
-    return float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

@@ -111,46 +111,15 @@ def render(facts: dict[str, Any]) -> str:
     height, width = facts["input"]
     sections = [
         f"<p>{escape(facts['model'])}, uint8 RGB {height}x{width}, heads: {escape(', '.join(facts['heads']))}.</p>",
-        "<h2>Artifacts</h2>",
-        table(
-            ["target", "precision", "layers in INT8", "MB", "verdict"],
-            [_row(artifact) for artifact in facts["artifacts"]],
-        ),
-        "<h2>Largest error of each head</h2>",
-        "<p class='soft'>Over the largest output of float32.</p>",
-        table(
-            ["target", *facts["heads"]],
-            [[one["target"], *(f"{one['errors'][head]:.1e}" for head in facts["heads"])] for one in facts["artifacts"]],
-        ),
-        "<h2>Speed here</h2>",
-        table(
-            ["file", "run by", "batch 1, ms", "batch 8, ms"],
-            [
-                [file, way, *(f"{one['median_ms']:.1f}" for one in latency)]
-                for file, ways in facts["speeds"].items()
-                for way, latency in ways.items()
-            ],
-        ),
+        *_artifacts(facts),
+        *_speeds(facts),
     ]
-    wider = [
-        [one["target"], ", ".join(name for name, kind in one["layers"].items() if kind != "int8") or "none"]
-        for one in facts["artifacts"]
-        if one["precision"] == "int8"
-    ]
-    if wider:
-        sections += ["<h2>Layers in FP16 where others are INT8</h2>", table(["target", "layers"], wider)]
     if facts["refused"]:
         sections += [
             "<h2>Refused</h2>",
             table(["target", "why"], [[r["target"], r["reason"]] for r in facts["refused"]]),
         ]
-    judged = [(one["target"], v) for one in (*facts["artifacts"], *facts["refused"]) for v in one["verdicts"]]
-    if judged:
-        sections += ["<h2>The gate</h2>", table(
-            ["target", "head", "measure", "float32", "found", "least", "drop, points"],
-            [[target, v["head"], v["measure"], *(f"{v[key]:.4f}" for key in ("reference", "found", "least")),
-              f"{v['drop']:.2f}"] for target, v in judged],
-        )]  # fmt: skip
+    sections += _gate(facts)
     if facts["compiled"]:
         sections += ["<h2>What the compiler made of it</h2>", table(
             ["target", "kernels", "products", "of them INT8", "fused attention"],
@@ -159,6 +128,44 @@ def render(facts: dict[str, Any]) -> str:
     if facts["calibration"]:
         sections += _calibration(facts)
     return page("Export report", sections)
+
+
+def _artifacts(facts: dict[str, Any]) -> list[str]:
+    made = facts["artifacts"]
+    errors = [[one["target"], *(f"{one['errors'][head]:.1e}" for head in facts["heads"])] for one in made]
+    wider = [
+        [one["target"], ", ".join(name for name, kind in one["layers"].items() if kind != "int8") or "none"]
+        for one in made
+        if one["precision"] == "int8"
+    ]
+    return [
+        "<h2>Artifacts</h2>",
+        table(["target", "precision", "layers in INT8", "MB", "verdict"], [_row(artifact) for artifact in made]),
+        "<h2>Largest error of each head</h2>",
+        "<p class='soft'>Over the largest output of float32.</p>",
+        table(["target", *facts["heads"]], errors),
+        *(["<h2>Layers in FP16 where others are INT8</h2>", table(["target", "layers"], wider)] if wider else []),
+    ]
+
+
+def _speeds(facts: dict[str, Any]) -> list[str]:
+    rows = [
+        [file, way, *(f"{one['median_ms']:.1f}" for one in latency)]
+        for file, ways in facts["speeds"].items()
+        for way, latency in ways.items()
+    ]
+    return ["<h2>Speed here</h2>", table(["file", "run by", "batch 1, ms", "batch 8, ms"], rows)]
+
+
+def _gate(facts: dict[str, Any]) -> list[str]:
+    rows = [
+        [one["target"], v["head"], v["measure"], *(f"{v[key]:.4f}" for key in ("reference", "found", "least")),
+         f"{v['drop']:.2f}"]
+        for one in (*facts["artifacts"], *facts["refused"])
+        for v in one["verdicts"]
+    ]  # fmt: skip
+    names = ["target", "head", "measure", "float32", "found", "least", "drop, points"]
+    return ["<h2>The gate</h2>", table(names, rows)] if rows else []
 
 
 def _row(artifact: dict[str, Any]) -> list[str]:
