@@ -1,6 +1,5 @@
 """The models that come with the package, and the scripts that make them."""
 
-import json
 import runpy
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.teacher import load_teacher
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, ViTConfig, normalize
+from dpal_edge.tasks.parsing import read_lip
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "default_models"
 ASSETS = Path(__file__).parents[1] / "dpal_edge" / "assets"
@@ -51,32 +51,52 @@ def test_what_limits_the_teacher_that_ships_limits_what_it_teaches():
     assert "for research and evaluation" in passport.limits
 
 
-def test_boxes_of_photographs_reach_around_joints_and_masks(tmp_path):
-    script = runpy.run_path(str(SCRIPTS / "photographs.py"))
-    joints = np.zeros((14, 3))
-    joints[:12] = [[20 + 5 * i, 10 + 10 * i, 2] for i in range(12)]  # x 20..75, y 10..120
-    hidden = joints * [1, 1, 0]
-    annotations = [
-        {"image_id": i, "keypoints": points.ravel().tolist()} for i, points in enumerate((joints, hidden), 1)
-    ]
-    images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}]
-    document = {"images": images, "annotations": annotations}
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "person_keypoints_train.json").write_text(json.dumps(document))
-    [(path, box)] = script["boxes_of_joints"](tmp_path).items()
-    assert path == tmp_path / "train" / "a.png"
-    np.testing.assert_allclose(box, [20 - 8.8, 10 - 8.8, 75 + 8.8, 120 + 8.8])
-
-    for folder in ("train_images", "train_segmentations"):
-        (tmp_path / folder).mkdir()
-    mask = np.zeros((60, 40), np.uint8)
-    mask[5:50, 12:30] = 4
-    Image.fromarray(mask).save(tmp_path / "train_segmentations" / "c.png")
-    Image.new("RGB", (40, 60)).save(tmp_path / "train_images" / "c.jpg")
-    (tmp_path / "train_id.txt").write_text("c\n")
-    [(path, box)] = script["boxes_of_masks"](tmp_path).items()
+def test_boxes_of_photographs_are_those_of_the_masks(tmp_path):
+    write_masked(tmp_path, "c")
+    boxes_of_masks = runpy.run_path(str(SCRIPTS / "photographs.py"))["boxes_of_masks"]
+    [(path, box)] = boxes_of_masks(tmp_path).items()
     assert path.name == "c.jpg"
     assert box.tolist() == [12, 5, 30, 50]
+
+
+def test_people_of_several_sets_are_joined_some_more_often(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    for folder in ("fashion", "sports"):
+        write_masked(tmp_path / folder, "a")
+    join_masks = runpy.run_path(str(SCRIPTS / "make.py"))["join_masks"]
+    split = read_lip(join_masks({tmp_path / "fashion": 2, tmp_path / "sports": 1}, tmp_path / "all"), "train")
+    assert [sample.image.stem for sample in split.samples] == ["fashion_0_a", "fashion_1_a", "sports_0_a"]
+    assert all(np.asarray(Image.open(sample.target)).sum() == 4 * 45 * 18 for sample in split.samples)
+
+
+def test_an_athlete_is_what_covers_the_joints_and_reaches_no_farther_than_a_body():
+    confirm = runpy.run_path(str(SCRIPTS / "athletes.py"))["confirm"]
+    joints = np.stack([np.full(14, 50.0), np.linspace(20, 140, 14)], axis=1)
+    mask = np.zeros((160, 120), np.uint8)
+    mask[10:150, 40:62] = 3
+    mask[60:100, 90:110] = 5  # somebody else
+    kept = confirm(mask, joints)
+    assert kept[10:150, 40:62].min() == 3
+    assert not kept[:, 80:].any()
+
+    half = mask.copy()
+    half[80:] = 0
+    assert confirm(half, joints) is None  # half of the joints lie outside
+    wide = mask.copy()
+    wide[100:120] = 3
+    assert confirm(wide, joints) is None  # the ground belongs to nobody
+    assert confirm(np.zeros_like(mask), joints) is None
+
+
+def write_masked(folder, name):
+    """Write a training image with a person of 45 by 18 pixels and its mask in the layout of LIP."""
+    for part in ("train_images", "train_segmentations"):
+        (folder / part).mkdir(parents=True)
+    mask = np.zeros((60, 40), np.uint8)
+    mask[5:50, 12:30] = 4
+    Image.fromarray(mask).save(folder / "train_segmentations" / f"{name}.png")
+    Image.new("RGB", (40, 60)).save(folder / "train_images" / f"{name}.jpg")
+    (folder / "train_id.txt").write_text(f"{name}\n")
 
 
 def test_recoloured_people_keep_their_skin_and_are_cut_out_of_their_background():

@@ -2,8 +2,8 @@
 
     python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
 
-Steps: footage, teacher, distil, student, detector, pack, compare, score; all by default. Each continues where it was
-interrupted, and what is finished is not done again. Settings lie beside this file; hours on two CPU cores.
+Steps: footage, teacher, athletes, distil, student, detector, pack, compare, score; all by default. Each continues where
+it was interrupted, and what is finished is not done again. Settings lie beside this file; hours on two CPU cores.
 """
 
 import csv
@@ -36,12 +36,13 @@ from dpal_edge.runtime.detector import DefaultDetector, ModelDetector
 from dpal_edge.tasks.crowd_metrics import find_people
 from dpal_edge.tasks.detection_decoding import suppress
 from dpal_edge.tasks.image import open_image
+from dpal_edge.tasks.parsing import read_lip
 from dpal_edge.tasks.table import read_detection
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "dpal_edge" / "assets"
 RESULTS = HERE.parents[1] / "bench" / "results" / "default_models.json"
-STEPS = ("footage", "teacher", "distil", "student", "detector", "pack", "compare", "score")
+STEPS = ("footage", "teacher", "athletes", "distil", "student", "detector", "pack", "compare", "score")
 SEEDS = (0, 1, 2)  # of the comparison of starts
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
@@ -53,6 +54,7 @@ WIDE = (192, 336)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
 WHITENED = 5  # every fifth of the crops that the embedding is learned on tells its variances
 CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
+CUTOUTS = 3  # how often each of the 804 people of fashion photographs counts among some thousand athletes
 THRESHOLDS, OVERLAPS = (0.4, 0.45, 0.5), (0.4, 0.45, 0.5, 0.6)
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
@@ -78,10 +80,6 @@ class Maker:
         _python(
             HERE / "pedestrians.py", "--people", people, "--backgrounds", places, "--out", self.work / "pedestrians"
         )
-        _python(
-            HERE / "photographs.py", "--joints", self.data / "lspet", "--masks", people,
-            "--out", self.work / "photographs",
-        )  # fmt: skip
         athletes, fashion = self.data / "lspet" / "train", self.data / "ccp" / "train_images"
         for source in (athletes, fashion, self.work / "footage" / "crops"):
             link_images(source, self.work / "unlabelled" / f"{source.parent.name}_{source.name}")
@@ -94,6 +92,15 @@ class Maker:
         if not base.exists():
             write_teacher(base)
         self._finetune("teacher", base, "teacher.yaml")
+
+    def athletes(self) -> None:
+        """Have the teacher cut athletes out; with the people whose masks are known they are what a detector learns."""
+        checkpoints = list_checkpoints(self.work / "teacher")
+        teacher = checkpoints[-1] if checkpoints else ASSETS / f"{PACKED['teacher']}.safetensors"
+        athletes, people = self.work / "athletes", self.data / "ccp"
+        _python(HERE / "athletes.py", "--teacher", teacher, "--joints", self.data / "lspet", "--out", athletes)
+        _python(HERE / "photographs.py", "--masks", people, "--masks", athletes, "--out", self.work / "photographs")
+        join_masks({people: CUTOUTS, athletes: 1}, self.work / "cutouts")
 
     def distil(self) -> None:
         """Distil the student from the teacher, with DPAL."""
@@ -223,7 +230,7 @@ class Maker:
         sources |= {self.work / name: "train" for name in ("footage", "photographs")}
         parts = {source: (part, REPEATS[source.name]) for source, part in sources.items()}
         frames = join_frames(parts, self.work / "frames")
-        paste = ("--set", f"paste={self.data / 'ccp'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
+        paste = ("--set", f"paste={self.work / 'cutouts'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
         run = self.work / name
         _command("finetune", "--init", init, "--task", f"detection={frames}", "--out", run,
                  "--config", HERE / config, *paste, *settings, *_resume(run))  # fmt: skip
@@ -235,6 +242,22 @@ def link_images(folder: Path, out: Path, *, prefixes: tuple[str, ...] = ("",)) -
     for image in sorted(image for image in folder.iterdir() if image.name.startswith(prefixes)):
         (out / image.name).unlink(missing_ok=True)
         (out / image.name).symlink_to(image.resolve())
+    return out
+
+
+def join_masks(sources: dict[Path, int], out: Path) -> Path:
+    """Link the training parts of data sets in LIP's layout (folder: how often each image counts) into one."""
+    names = []
+    for folder in ("train_images", "train_segmentations"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for source, repeats in sources.items():
+        for sample, i in itertools.product(read_lip(source, "train").samples, range(repeats)):
+            names.append(f"{source.name}_{i}_{sample.image.stem}")
+            for folder, file in (("train_images", sample.image), ("train_segmentations", sample.target)):
+                link = out / folder / f"{names[-1]}{file.suffix}"
+                link.unlink(missing_ok=True)
+                link.symlink_to(file.resolve())
+    write_text(out / "train_id.txt", "\n".join(names) + "\n")
     return out
 
 

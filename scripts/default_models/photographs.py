@@ -1,9 +1,9 @@
-"""Make frames for a detector out of photographs of one person each, whose joints or whose mask are known.
+"""Make frames for a detector out of photographs of one person each, whose mask is known.
 
-    python scripts/default_models/photographs.py --joints COCO_FOLDER --masks LIP_FOLDER --out DIR
+    python scripts/default_models/photographs.py --masks LIP_FOLDER [--masks LIP_FOLDER...] --out DIR
 
-Writes a data set in COCO's layout. A box around joints grows by what joints leave out of a body. Unlike people pasted
-on backgrounds, these stand where they were photographed; a mosaic makes crowds of them.
+Writes a data set in COCO's layout. Unlike people pasted on backgrounds, these stand where they were photographed; a
+mosaic makes crowds of them.
 """
 
 import json
@@ -18,25 +18,7 @@ from dpal_edge.files import write_text
 from dpal_edge.tasks.image import read_ids
 from dpal_edge.tasks.parsing import read_lip
 
-_AROUND_JOINTS = 0.08  # of the longer side: hands, feet, and flesh around the outermost joints
-_LEAST_JOINTS = 12  # of 14: with fewer nobody knows how far the person reaches
-
 Box = NDArray[np.float64]  # left, top, right, bottom in pixels
-
-
-def boxes_of_joints(folder: Path) -> dict[Path, Box]:
-    """Return the box of the person of each training image in COCO's keypoint layout with joints enough."""
-    document = json.loads((folder / "annotations" / "person_keypoints_train.json").read_text(encoding="utf-8"))
-    files = {image["id"]: folder / "train" / image["file_name"] for image in document["images"]}
-    found = {}
-    for annotation in document["annotations"]:
-        joints = np.array(annotation["keypoints"]).reshape(-1, 3)
-        seen = joints[joints[:, 2] > 0, :2]
-        if len(seen) >= _LEAST_JOINTS:
-            low, high = seen.min(0), seen.max(0)
-            margin = _AROUND_JOINTS * (high - low).max()
-            found[files[annotation["image_id"]]] = np.concatenate([low - margin, high + margin])
-    return found
 
 
 def boxes_of_masks(folder: Path) -> dict[Path, Box]:
@@ -52,14 +34,16 @@ def boxes_of_masks(folder: Path) -> dict[Path, Box]:
 
 
 @click.command()
-@click.option("--joints", required=True, type=click.Path(exists=True, path_type=Path), help="In COCO's layout.")
-@click.option("--masks", required=True, type=click.Path(exists=True, path_type=Path), help="In the layout of LIP.")
+@click.option(
+    "--masks", required=True, multiple=True, type=click.Path(exists=True, path_type=Path), help="In LIP's layout."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-def main(joints: Path, masks: Path, out: Path) -> None:
+def main(masks: tuple[Path, ...], out: Path) -> None:
     """Write links to the images, and annotations."""
     images, annotations = [], []
     (out / "train").mkdir(parents=True, exist_ok=True)
-    for i, (path, box) in enumerate({**boxes_of_joints(joints), **boxes_of_masks(masks)}.items(), 1):
+    found = {path: box for folder in masks for path, box in boxes_of_masks(folder).items()}
+    for i, (path, box) in enumerate(found.items(), 1):
         width, height = Image.open(path).size
         left, top, right, bottom = np.clip(box, 0, [width, height] * 2).tolist()
         link = out / "train" / path.name

@@ -16,7 +16,7 @@ from dpal_edge.cli import main
 from dpal_edge.errors import BackendUnavailable, ModelFileError
 from dpal_edge.install.installer import install
 from dpal_edge.manifest import FileSpec, Manifest
-from dpal_edge.runtime.device import CpuFeatures
+from dpal_edge.runtime.device import CpuFeatures, cpu_features
 from dpal_edge.runtime.installed import Choice, read_choice, write_record
 from dpal_edge.runtime.model import Model, choose_artifact
 
@@ -131,12 +131,14 @@ def test_without_a_gpu_what_runs_here_is_compared(bundle):
 
 
 def test_bfloat16_is_tried_where_a_cpu_has_it(bundle, monkeypatch):
+    real = cpu_features()
     features = CpuFeatures(model="with bf16", cores=2, flags=("avx512_bf16",))
     monkeypatch.setattr("dpal_edge.runtime.backend.cpu_features", lambda: features)
     result = install(bundle, backend="openvino", say=print)
     assert tried(result) == {("onnx", "openvino"): True, ("onnx", "openvino bf16"): True}
     exact, fast = result.attempts
-    assert exact.error < fast.error
+    if real.fast_bf16:  # elsewhere OpenVINO computes in float32 without a word
+        assert exact.error < fast.error
     assert (exact.allowed, fast.allowed) == (1e-3, 0.02)
     choice = Choice(target="onnx", engine="openvino", name=fast.name, precision="bf16", file=None, sha256="")
     write_record(bundle, choice, {})
