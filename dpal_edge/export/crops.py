@@ -12,7 +12,7 @@ from dpal_edge.files import find_images
 from dpal_edge.tasks.image import open_image, read_crop
 from dpal_edge.tasks.letterbox import letterbox
 from dpal_edge.tasks.sample import Sample
-from dpal_edge.tasks.table import TASKS, parse_tasks
+from dpal_edge.tasks.table import TASKS, parse_tasks, unlabelled_tasks
 
 Crops = NDArray[np.uint8]  # (n, height, width, 3) RGB
 _HOW = "give a folder of them with --calibration DIR"
@@ -57,10 +57,11 @@ def _find(folders: tuple[str, ...]) -> list[Sample[Any]]:
 
 
 def _find_trained(config: dict[str, Any]) -> list[Sample[Any]]:
-    """List what the tasks of a fine-tuned model are learned from; embeddings may come from images without labels."""
+    """List what the tasks of a fine-tuned model are learned from; some of it may be without labels."""
     samples: list[Sample[Any]] = []
+    unlabelled = unlabelled_tasks(config)
     for task, folder in parse_tasks(config["task"]).items():
-        if task == "reid" and config.get("reid_teacher"):
+        if task in unlabelled:
             samples += _find((str(folder),))
             continue
         try:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dpal_edge.errors import ConfigError
 from dpal_edge.finetune.augment import Augmentation
-from dpal_edge.tasks.table import TASKS, parse_tasks
+from dpal_edge.tasks.table import TASKS, TEACHERS, parse_tasks, unlabelled_tasks
 from dpal_edge.train.config import check_fields, coerce
 
 _POSITIVE = ("steps", "batch", "lr", "log_every", "save_every", "keep", "parsing_channels", "embedding_channels")
@@ -34,6 +34,7 @@ class FinetuneConfig:
     embedding_head: Literal["strips", "linear"] = "strips"  # of an embedding learned from a teacher
     embedding_channels: int = 256  # of an embedding learned from identities; a teacher's has the teacher's
     reid_teacher: str | None = None  # FILE[?color=bgr]: embeddings to learn from, on the unlabelled images of reid=DIR
+    attribute_teacher: str | None = None  # checkpoint with a head for attributes: learned, on those of attributes=DIR
     freeze_backbone: bool = False  # train heads alone
     freeze_blocks: int = 0  # of a ViT: the embedding and so many blocks stay as they are, which also saves time
     window: tuple[int, int] | None = None  # rows, columns of patches that most blocks of a detector attend within
@@ -90,6 +91,9 @@ class FinetuneConfig:
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         self.augmentation("pose")  # checks its fields
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
         if not self.task:
             raise ConfigError("no task to train: give --task NAME=DIR")
         tasks = parse_tasks(self.task)
@@ -97,8 +101,9 @@ class FinetuneConfig:
             numbers = self._numbers(name)
             if unknown := numbers.keys() - tasks.keys():
                 raise ConfigError(f"{name} names {', '.join(unknown)}, expected tasks of this run: {', '.join(tasks)}")
-        if self.reid_teacher and "reid" not in tasks:
-            raise ConfigError("reid_teacher is given, but no unlabelled images to learn from: give --task reid=DIR")
+        for task in sorted(self.unlabelled - tasks.keys()):
+            setting = TEACHERS[task]
+            raise ConfigError(f"{setting} is given, but no unlabelled images to learn from: give --task {task}=DIR")
         if len(tasks) > self.batch:
             raise ConfigError(f"batch is {self.batch}, expected at least one image of each of {len(tasks)} tasks")
 
@@ -133,13 +138,18 @@ class FinetuneConfig:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Augmentation)}
         if task not in ("pose", "parsing"):
             fields["rotate"] = min(self.rotate, _GENTLE_TURN)
-        if task == "reid" and self.reid_teacher:
+        if task in self.unlabelled:
             # The teacher is shown the view itself, so it may differ as much as cameras and lamps do.
             fields["colour"] = min(2 * self.colour, 0.9)
             fields["low_resolution"] = max(self.low_resolution, _FAR_SHARE)
         else:
             fields["hue"] = fields["muted"] = 0.0
         return Augmentation(**fields)
+
+    @property
+    def unlabelled(self) -> frozenset[str]:
+        """The tasks that a teacher answers for: their folders hold images and nothing else."""
+        return unlabelled_tasks(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON-ready values."""

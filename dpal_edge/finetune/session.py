@@ -60,11 +60,8 @@ class Session:
         self.losses: dict[str, float] = {}
         self.held = _held_batches(held, self.counts, self.skipped)
         self.scores: dict[str, dict[str, float]] = {}
-        self.folders = {
-            task: folder
-            for task, folder in parse_tasks(config.task).items()
-            if not (task == "reid" and config.reid_teacher)
-        }
+        folders = parse_tasks(config.task)
+        self.folders = {task: folder for task, folder in folders.items() if task not in config.unlabelled}
         if config.evaluate_every:
             read_splits(self.folders)  # what an evaluation hours from now will need
         if saved is not None:

@@ -12,10 +12,11 @@ from torch import nn
 
 from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.files import find_images
+from dpal_edge.finetune.attribute_teacher import AttributeTeacher
 from dpal_edge.finetune.config import FinetuneConfig
 from dpal_edge.finetune.embedding_teacher import EmbeddingTeacher
 from dpal_edge.finetune.objective import Objective
-from dpal_edge.finetune.objectives.attributes import AttributeObjective
+from dpal_edge.finetune.objectives.attributes import AttributeObjective, TaughtAttributeObjective
 from dpal_edge.finetune.objectives.parsing import ParsingObjective
 from dpal_edge.finetune.objectives.pose import PoseObjective
 from dpal_edge.finetune.objectives.reid import EmbeddingObjective, IdentityObjective
@@ -108,7 +109,7 @@ def open_objectives(
 
 
 def _read(task: str, folder: Path, config: FinetuneConfig) -> Split[Any]:
-    if task == "reid" and config.reid_teacher:
+    if task in config.unlabelled:
         return Split(tuple(Sample(path, None) for path in find_images((str(folder),)).paths))
     return TASKS[task].read(folder, "train")
 
@@ -131,6 +132,10 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
         return PoseObjective(split, size, augmentation, config.pose_head)
     if task == "parsing":
         return ParsingObjective(split, size, augmentation, config.parsing_head, config.parsing_channels)
+    if task == "attributes" and config.attribute_teacher:
+        answers = AttributeTeacher.open(Path(config.attribute_teacher))
+        images = [sample.image for sample in split.samples]
+        return TaughtAttributeObjective(images, size, augmentation, answers, kind=config.attribute_head, mix=config.mix)
     if task == "attributes":
         return AttributeObjective(split, size, augmentation, config.attribute_head, config.attribute_loss)
     if task == "reid" and config.reid_teacher:

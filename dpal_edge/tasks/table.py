@@ -1,6 +1,6 @@
 """The tasks by name: what a data set of each is made of."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ TASKS = {
     "attributes": Task(read_attributes, ("train", "val"), patches=False),
     "detection": Task(read_detection, ("train", "val"), patches=True),
 }
+
+TEACHERS = {"reid": "reid_teacher", "attributes": "attribute_teacher"}  # settings of a fine-tuning, by what they teach
+
+
+def unlabelled_tasks(settings: Mapping[str, Any]) -> frozenset[str]:
+    """Return the tasks that a fine-tuning with these settings learns from a teacher: their folders hold images only."""
+    return frozenset(task for task, name in TEACHERS.items() if settings.get(name))
 
 
 def parse_tasks(texts: Iterable[str], known: Collection[str] = TASKS) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
     python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
 
-Steps: footage, teacher, athletes, distil, student, detector, pack, compare, score; all by default. Each continues where
+Steps: footage, teacher, athletes, distil, student, attributes, detector, pack, compare, score; all by default. Each continues where
 it was interrupted, and what is finished is not done again. Settings lie beside this file; hours on two CPU cores.
 """
 
@@ -42,13 +42,13 @@ from dpal_edge.tasks.table import read_detection
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "dpal_edge" / "assets"
 RESULTS = HERE.parents[1] / "bench" / "results" / "default_models.json"
-STEPS = ("footage", "teacher", "athletes", "distil", "student", "detector", "pack", "compare", "score")
+STEPS = ("footage", "teacher", "athletes", "distil", "student", "attributes", "detector", "pack", "compare", "score")
 SEEDS = (0, 1, 2)  # of the comparison of starts
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
-RUNS = ("teacher", "distil", "student-small", "student", "detector")
+RUNS = ("teacher", "distil", "student-small", "student", "attributes", "detector-small", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
-REPEATS = {"coco_person": 40, "footage": 6, "photographs": 1}  # of the 61, 856 and 6,805 frames for the detector
+REPEATS = {"coco_person": 40, "footage": 3, "photographs": 1}  # of the 61, 856 and 3,190 frames for the detector
 TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
 WIDE = (192, 336)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
@@ -95,8 +95,7 @@ class Maker:
 
     def athletes(self) -> None:
         """Have the teacher cut athletes out; with the people whose masks are known they are what a detector learns."""
-        checkpoints = list_checkpoints(self.work / "teacher")
-        teacher = checkpoints[-1] if checkpoints else ASSETS / f"{PACKED['teacher']}.safetensors"
+        teacher = self._newest("teacher")
         athletes, people = self.work / "athletes", self.data / "ccp"
         _python(HERE / "athletes.py", "--teacher", teacher, "--joints", self.data / "lspet", "--out", athletes)
         _python(HERE / "photographs.py", "--masks", people, "--masks", athletes, "--out", self.work / "photographs")
@@ -111,9 +110,17 @@ class Maker:
         self._finetune("student-small", self.work / "distil", "student-small.yaml")
         self._finetune("student", self.work / "student-small", "student.yaml")
 
+    def attributes(self) -> None:
+        """Have the teacher tell the student's head the attributes: few labels, seen for hours, are known by heart."""
+        run = self.work / "attributes"
+        _command("finetune", "--init", self._newest("student"), "--config", HERE / "attributes.yaml", "--out", run,
+                 "--task", f"attributes={self.work / 'embedded' / 'ccp_train_images'}",
+                 "--set", f"attribute_teacher={self._newest('teacher')}", *_resume(run))  # fmt: skip
+
     def detector(self) -> None:
-        """Train the detector on the student's backbone."""
-        self._detect("detector", self.work / "student", "detector.yaml")
+        """Train the detector on the student's backbone: at fewer pixels first."""
+        self._detect("detector-small", self.work / "student", "detector-small.yaml")
+        self._detect("detector", self.work / "detector-small", "detector.yaml")
 
     def pack(self) -> None:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch.
@@ -128,9 +135,13 @@ class Maker:
         tasks = {"student": self._people(), "detector": {"detection": self.data / CROWDS}}
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
-            if list_checkpoints(self.work / run):
-                student = {"soup": self.soup, "crops": sorted(self.work.glob("embedded/*/*"))[::WHITENED]}
-                pack(self.work / run, path, **(student if run == "student" else {}))
+            trained = self._newest(run)
+            if run == "student":
+                attributes = self.work / "attributes"
+                crops = sorted(self.work.glob("embedded/*/*"))[::WHITENED] if trained != path else ()
+                pack(trained, path, soup=self.soup, crops=crops, attributes=attributes)
+            elif trained != path:
+                pack(trained, path)
             if run in images:
                 gate = tuple(f"{task}={folder}" for task, folder in tasks[run].items())
                 settings = ExportSettings(targets=TARGETS, calibration=(str(images[run]),), gate=gate)
@@ -195,6 +206,11 @@ class Maker:
                     "training": {**earlier.get("training", {}), **training}}  # fmt: skip
         write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
+
+    def _newest(self, run: str) -> Path:
+        """Return the newest checkpoint of a run, or what ships of it where this folder has none."""
+        checkpoints = list_checkpoints(self.work / run)
+        return checkpoints[-1] if checkpoints else ASSETS / f"{PACKED[run]}.safetensors"
 
     def _people(self) -> dict[str, Path]:
         """Return the folder of each task on person crops that is scored."""
@@ -363,12 +379,14 @@ def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "model": model, "tasks": tasks}
 
 
-def pack(run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Path] = ()) -> None:
+def pack(
+    run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Path] = (), attributes: Path | None = None
+) -> None:
     """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type.
 
     With ``soup`` the weights are the mean of the run's and of that checkpoint's, from which the run began: ends of two
     stretches of one training lie in one basin, and their middle generalises better (Wortsman et al., 2022). The
-    embedding is whitened by ``crops``, if there are any.
+    embedding is whitened by ``crops``, if there are any, and the head for attributes is that of the run ``attributes``.
     """
     model, metadata = load_human(run)
     if soup is not None:
@@ -377,9 +395,12 @@ def pack(run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Pat
         model.load_state_dict(mean)
     if crops:
         whiten(model, crops, metadata)
+    if attributes is not None and list_checkpoints(attributes):
+        model.heads["attributes"].load_state_dict(load_human(attributes)[0].heads["attributes"].state_dict())
     tensors = {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()}
     kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
     facts: dict[str, Any] = {name: metadata[name] for name in kept}
+    facts |= {"soup": metadata["soup"]} if "soup" in metadata else {}
     facts |= {"teachers": [_brief(passport) for passport in metadata["teachers"]], "best": "backbone"}
     facts |= {"soup": sha256_of(soup)} if soup is not None else {}
     facts |= {"licence": "Apache-2.0 for the weights' own part", "base": LICENCE, "limits": LIMITS}

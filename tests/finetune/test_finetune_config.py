@@ -61,7 +61,7 @@ def test_views_that_a_teacher_sees_differ_more():
     [
         ({"task": []}, "no task to train: give --task NAME=DIR"),
         ({"task": ["hair=x"]}, "no task 'hair'"),
-        ({"stepz": 4}, "unknown setting stepz; known are attribute_head, attribute_loss, backgrounds, "),
+        ({"stepz": 4}, "unknown setting stepz; known are attribute_head, attribute_loss, attribute_teacher, "),
         ({"steps": 0}, "steps is 0, expected more than 0"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5, expected 0 to 1"),
         ({"freeze_blocks": -1}, "freeze_blocks is -1, expected 0 or more"),
@@ -71,6 +71,7 @@ def test_views_that_a_teacher_sees_differ_more():
         ({"weight": ["parsing=1"]}, "weight names parsing, expected tasks of this run: pose, reid"),
         ({"batch": 1}, "batch is 1, expected at least one image of each of 2 tasks"),
         ({"task": ["pose=x"], "reid_teacher": "t.xml"}, "no unlabelled images to learn from: give --task reid=DIR"),
+        ({"attribute_teacher": "t"}, "attribute_teacher is given, but no .* give --task attributes=DIR"),
     ],
 )
 def test_wrong_settings(fields, message):

@@ -1,13 +1,17 @@
 """Training of an attribute head."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpal_edge.finetune.attribute_teacher import AttributeTeacher
 from dpal_edge.finetune.augment import Augmentation
 from dpal_edge.finetune.objective import Example, Values
-from dpal_edge.finetune.objectives.crops import CropObjective
+from dpal_edge.finetune.objectives.crops import CropObjective, UnlabelledObjective
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.tasks.attributes import Flags
 from dpal_edge.tasks.labels import flip_pairs
@@ -55,6 +59,37 @@ class AttributeObjective(CropObjective[Flags]):
             return {"loss": _entropy(logits + torch.logit(self.ratio, eps=least), flags).sum(1).mean()}
         weight = torch.exp(torch.where(flags > 0, 1 - self.ratio, self.ratio))
         return {"loss": (_entropy(logits, flags) * weight).sum(1).mean()}
+
+
+class TaughtAttributeObjective(UnlabelledObjective):
+    """Attributes as a teacher tells them of the same view: binary cross-entropy with its probabilities as targets.
+
+    Labels of few people are learned by heart; what a teacher says of ever new views is not. Nothing allows for rarity:
+    where a score of 0.5 stands, the teacher has settled.
+
+    Source: Hinton et al., 2015, at temperature 1, for each attribute; the same views, Beyer et al., 2022.
+    """
+
+    task = "attributes"
+
+    def __init__(
+        self,
+        images: Sequence[Path],
+        size: tuple[int, int],
+        augmentation: Augmentation,
+        teacher: AttributeTeacher,
+        *,
+        kind: str,
+        mix: float,
+    ) -> None:
+        super().__init__(images, size, augmentation, mix)
+        self.head = HeadConfig(task=self.task, kind=kind, labels=teacher.labels)
+        self._teacher = teacher
+
+    def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
+        """Return "loss", summed over attributes, averaged over people."""
+        wanted = self._teacher(batch["image"]).sigmoid()
+        return {"loss": _entropy(head(tokens).float(), wanted).sum(1).mean()}
 
 
 def _entropy(logits: Tensor, flags: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from dpal_edge.finetune.augment import Augmentation, Warp, change_colours, draw_warp, plain_warp
-from dpal_edge.finetune.objective import epoch_order
+from dpal_edge.finetune.objective import Example, epoch_order
 from dpal_edge.tasks.image import Pixels, open_image
 from dpal_edge.tasks.sample import Sample, Split
 
@@ -49,3 +49,23 @@ class CropObjective(nn.Module, Generic[Target]):
             return warp.image(image), warp
         warp = draw_warp(box, self.size, self.augmentation, rng)
         return change_colours(warp.image(image), self.augmentation, rng), warp
+
+
+class UnlabelledObjective(CropObjective[None]):
+    """Crops that a teacher answers for. It looks at the very same views, so these may be of people who never were:
+    some show the upper part of one and the lower part of another, and few photographs become many outfits.
+    """
+
+    def __init__(self, images: Sequence[Path], size: tuple[int, int], augmentation: Augmentation, mix: float) -> None:
+        """Prepare ``images``, of whose views a share ``mix`` joins two."""
+        super().__init__(Split(tuple(Sample(path, None) for path in images)), size, augmentation)
+        self._mix = mix
+
+    def example(self, index: int, rng: np.random.Generator | None) -> Example:
+        """Return "image", which the teacher is shown as well."""
+        image, _ = self.view(self.split.samples[index], rng)
+        if rng is not None and rng.random() < self._mix:
+            other, _ = self.view(self.split.samples[int(rng.integers(len(self)))], rng)
+            cut = int(rng.uniform(0.3, 0.7) * self.size[0])
+            image = np.concatenate([image[:cut], other[cut:]])
+        return {"image": image}

@@ -14,11 +14,11 @@ from dpal_edge.errors import DataError
 from dpal_edge.finetune.augment import Augmentation
 from dpal_edge.finetune.embedding_teacher import EmbeddingTeacher
 from dpal_edge.finetune.objective import Example, Values, epoch_order
-from dpal_edge.finetune.objectives.crops import CropObjective
+from dpal_edge.finetune.objectives.crops import CropObjective, UnlabelledObjective
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.models.heads import BNNeckHead
 from dpal_edge.tasks.reid import Identity
-from dpal_edge.tasks.sample import Sample, Split
+from dpal_edge.tasks.sample import Split
 
 _PER_PERSON = 4  # images of one person in a batch
 _SMOOTHING = 0.1  # of the identity labels
@@ -74,15 +74,14 @@ class IdentityObjective(CropObjective[Identity]):
         return {"loss": 0.5 * identity + 0.5 * triplet, "identity": identity, "triplet": triplet}
 
 
-class EmbeddingObjective(CropObjective[None]):
+class EmbeddingObjective(UnlabelledObjective):
     """Embeddings that point where a teacher's point: 1 - cosine, and the pairwise cosines of the batch.
 
     Where the teacher pools a map of features, a linear map of each patch, which only training has, answers for the
     teacher's features at that place too: the squared error relative to their variance. A crop then teaches thousands
     of values and not one direction.
 
-    No identity is labelled. Images are mixed: some views show the upper part of one person and the lower part of
-    another, so that few photographs become many outfits; the teacher looks at the very same pixels.
+    No identity is labelled.
 
     Source: relational distillation, Park et al., 2019 (differs: cosines rather than distances, squared error); hints,
     Romero et al., 2015 (differs: at the end of the student, together with the rest).
@@ -102,23 +101,13 @@ class EmbeddingObjective(CropObjective[None]):
         width: int,
     ) -> None:
         """Prepare ``images`` for a student whose tokens have ``width`` channels."""
-        split: Split[None] = Split(tuple(Sample(path, None) for path in images))
-        super().__init__(split, size, augmentation)
+        super().__init__(images, size, augmentation, mix)
         self.head = HeadConfig(task=self.task, kind=kind, channels=teacher.channels)
-        self._teacher, self._mix = teacher, mix
+        self._teacher = teacher
         self.locate = nn.Linear(width, teacher.map_channels) if teacher.map_channels else None
         if self.locate is not None:  # the map is sparse: what begins at random is further from it than nothing
             nn.init.zeros_(self.locate.weight)
             nn.init.zeros_(self.locate.bias)
-
-    def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        """Return "image", which the teacher is shown as well."""
-        image, _ = self.view(self.split.samples[index], rng)
-        if rng is not None and rng.random() < self._mix:
-            other, _ = self.view(self.split.samples[int(rng.integers(len(self)))], rng)
-            cut = int(rng.uniform(0.3, 0.7) * self.size[0])
-            image = np.concatenate([image[:cut], other[cut:]])
-        return {"image": image}
 
     def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
         """Return "loss" and its parts."""

@@ -1,0 +1,47 @@
+"""A fine-tuned model as a teacher of attributes: what its head says of the views that the student is shown."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpal_edge.errors import ModelFileError
+from dpal_edge.models.human import HumanModel, load_human
+from dpal_edge.models.vit import normalize
+
+_TASK = "attributes"
+
+
+class AttributeTeacher:
+    """A model of this project with a head for attributes. No ``nn.Module``: nothing of it is trained or saved."""
+
+    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Most callers want ``open``."""
+        self._model, self._mean, self._std = model.requires_grad_(False), mean, std
+        self.labels: tuple[str, ...] = model.configs[_TASK].labels
+
+    @classmethod
+    def open(cls, path: Path) -> "AttributeTeacher":
+        """Open a checkpoint or the newest one of a run folder.
+
+        Raises:
+            ModelFileError: missing, damaged, or without a head for attributes.
+        """
+        model, metadata = load_human(path)
+        if _TASK not in model.configs:
+            raise ModelFileError(
+                f"attribute_teacher {path}: has heads for {', '.join(model.configs)}, expected one for {_TASK}"
+            )
+        return cls(model, tuple(metadata["mean"]), tuple(metadata["std"]))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map RGB crops (B, H, W, 3), uint8, of any size to logits (B, A), float32, on their device."""
+        pixels = images.permute(0, 3, 1, 2)
+        size = self._model.backbone.config.size
+        if tuple(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+        with torch.autocast(images.device.type, enabled=False):
+            seen: Tensor = self._model.to(images.device)(normalize(pixels, self._mean, self._std), (_TASK,))[_TASK]
+        return seen.float()
