@@ -138,7 +138,9 @@ class Session:
 
     def _metadata(self) -> dict[str, Any]:
         state = self.state
+        inherited = {name: self.facts[name] for name in ("licence", "limits") if self.facts.get(name)}
         return {
+            **inherited,
             "teachers": self.facts.get("teachers", []),
             "origin": self.facts.get("origin"),
             "images": {"count": sum(map(len, self.objectives.values())), "sha256": self.digest},

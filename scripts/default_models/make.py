@@ -2,8 +2,9 @@
 
     python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
 
-Steps: footage, teacher, athletes, distil, student, attributes, detector, pack, compare, score; all by default. Each continues where
-it was interrupted, and what is finished is not done again. Settings lie beside this file; hours on two CPU cores.
+Steps: footage, teacher, athletes, distil, student, attributes, detector, pack, compare, score; all by default. Each
+continues where it was interrupted, and what is finished is not done again. Settings lie beside this file; hours on two
+CPU cores.
 """
 
 import csv

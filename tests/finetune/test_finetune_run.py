@@ -160,6 +160,17 @@ def test_heads_of_the_init_go_on_where_they_were(settings, tmp_path):
     assert list(model.heads) == ["pose", "parsing"]
 
 
+def test_limits_of_the_init_stay_with_what_comes_of_it(settings, tmp_path):
+    first = tmp_path / "first"
+    changes = {"task": settings["task"][:1], "share": [], "steps": 1}
+    run_finetuning(build_config({**settings, **changes}), first)
+    saved = read_newest(first)[1]
+    write_checkpoint(tmp_path / "a.safetensors", saved.tensors, {**saved.metadata, "limits": "indoors only"})
+    run_finetuning(build_config({**settings, **changes, "init": str(tmp_path / "a.safetensors")}), tmp_path / "second")
+    assert read_newest(tmp_path / "second")[1].metadata["limits"] == "indoors only"
+    assert "limits" not in saved.metadata
+
+
 def test_a_fine_tuned_model_can_teach(settings, tmp_path):
     from dpal_edge.models.teacher import load_teachers
 
