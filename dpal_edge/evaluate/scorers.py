@@ -14,7 +14,7 @@ from dpal_edge.evaluate.uncertainty import Indices, Metrics, draw_groups, standa
 from dpal_edge.tasks.attributes import Flags, attribute_metrics
 from dpal_edge.tasks.decoding import decode_classes, decode_joints, place_in_box, probabilities
 from dpal_edge.tasks.detection import People, detection_metrics
-from dpal_edge.tasks.detection_decoding import decode_people
+from dpal_edge.tasks.detection_decoding import SAME_PERSON_IOU, decode_people
 from dpal_edge.tasks.image import Pixels, open_image, read_crop
 from dpal_edge.tasks.letterbox import letterbox, to_frame
 from dpal_edge.tasks.parsing import confusion_matrix, parsing_metrics, read_mask
@@ -23,7 +23,6 @@ from dpal_edge.tasks.reid import Identity, retrieval_metrics
 from dpal_edge.tasks.sample import Sample, Split
 
 _LEAST_SCORE = 0.01  # of a box: metrics that rank boxes need the uncertain ones as well
-_SAME_PERSON_IOU = 0.6  # of boxes, above which the better one stays, as when the detector is used
 _TRUE_ABOVE = 0.5  # probability from which an attribute is said to be there
 
 
@@ -114,7 +113,7 @@ def score_detection(splits: Mapping[str, Split[People]], bench: Bench) -> Scores
     found, samples = [], []
     size = bench.predictor.size
     for sample, raw, frame in bench.outputs(splits["val"], _read_frame):
-        boxes, scores = decode_people(raw, threshold=_LEAST_SCORE, iou=_SAME_PERSON_IOU)
+        boxes, scores = decode_people(raw, threshold=_LEAST_SCORE, iou=SAME_PERSON_IOU)
         found.append((to_frame(boxes, frame, size), scores))
         samples.append(sample)
 

@@ -15,14 +15,14 @@ from dpal_edge.manifest import HeadSpec, Verdict
 from dpal_edge.probe.similarity import linear_cka
 from dpal_edge.runtime.boxes import iou
 from dpal_edge.tasks.decoding import decode_joints, probabilities
-from dpal_edge.tasks.detection_decoding import decode_people
+from dpal_edge.tasks.detection_decoding import SAME_PERSON_IOU, decode_people
 from dpal_edge.tasks.table import parse_tasks
 
 Raw = NDArray[np.float32]
 
 _MOVED = 0.02  # of the input's height: a joint that moved less is where it was, 5 pixels of 256
 _SEEN = 0.3  # confidence of a joint that is there to be moved
-_PERSON, _SAME, _SUPPRESSED = 0.4, 0.5, 0.6  # score of a person; overlap of the same one; overlap that is suppressed
+_PERSON, _SAME = 0.4, 0.5  # score of a person; overlap of the same one
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _people(reference: Raw, found: Raw, head: HeadSpec, size: tuple[int, int]) -
     """Return the F1 of people that are found again, and no others."""
     matched = before = after = 0
     for expected, raw in zip(reference, found, strict=True):
-        first, second = (decode_people(one, threshold=_PERSON, iou=_SUPPRESSED)[0] for one in (expected, raw))
+        first, second = (decode_people(one, threshold=_PERSON, iou=SAME_PERSON_IOU)[0] for one in (expected, raw))
         before, after = before + len(first), after + len(second)
         overlaps = iou(first, second)
         taken: set[int] = set()

@@ -14,16 +14,15 @@ from dpal_edge.runtime.boxes import Boxes, area, intersection, iou
 from dpal_edge.runtime.model import Model, check_images
 from dpal_edge.runtime.opencv import load_opencv
 from dpal_edge.runtime.preprocess import letterbox_frame
-from dpal_edge.tasks.detection_decoding import decode_people
+from dpal_edge.tasks.detection_decoding import SAME_PERSON_IOU, decode_people
 from dpal_edge.tasks.letterbox import fit, to_frame
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # This project's own: the same weights for frames of about 4:3 and of 16:9.
 DEFAULT_DETECTORS = (_ASSETS / "person_detector.json", _ASSETS / "person_detector_wide.json")
-# Least score, and overlap of boxes that are the same person: of the values tried the best mean F1 of video and
-# photographs for the package's own detector, on frames that it was trained on ("operating_points" in
-# bench/results/default_models.json).
-THRESHOLD, IOU = 0.45, 0.45
+# Least score: of the values tried the best mean F1 of video and photographs for the package's own detector, on frames
+# that it was trained on ("operating_points" in bench/results/default_models.json).
+THRESHOLD = 0.45
 _TASK = "detection"
 _BOX_AND_LOGIT = 5
 
@@ -36,7 +35,7 @@ _MARGIN = np.array([0.18, 0.09], np.float32)  # of the window's width, height
 _STRIDE = 8  # pixels between windows
 _PYRAMID_STEP = 1.05
 _BORDER = 0.2  # of the frame's height, replicated around it: people who touch the edge still get a whole window
-_SAME_PERSON_IOU = 0.4
+_SAME_WINDOW_IOU = 0.4
 _SAME_PERSON_INSIDE = 0.6  # share of the smaller box that lies in the larger one
 _SUPPORT = 2  # windows that must agree (IoU of 0.5 or more) on a person
 
@@ -85,7 +84,7 @@ class ModelDetector:
         ModelFileError: the model is no detector.
     """
 
-    def __init__(self, model: Model, *, threshold: float = THRESHOLD, iou: float = IOU) -> None:
+    def __init__(self, model: Model, *, threshold: float = THRESHOLD, iou: float = SAME_PERSON_IOU) -> None:
         if not (0 <= threshold <= 1 and 0 < iou <= 1):
             raise ConfigError(f"threshold {threshold} and iou {iou} found, expected both in 0..1")
         heads = model.manifest.heads
@@ -106,7 +105,7 @@ class ModelDetector:
         device: str | None = None,
         threads: int | None = None,
         threshold: float = THRESHOLD,
-        iou: float = IOU,
+        iou: float = SAME_PERSON_IOU,
     ) -> "ModelDetector":
         """Load a bundle after checking its hashes.
 
@@ -258,7 +257,7 @@ def _one_per_person(boxes: Boxes, distances: NDArray[np.float32]) -> list[int]:
         inside = intersection(boxes[[best]], candidates)[0] / np.maximum(smaller, 1)
         if (overlap >= 0.5).sum() >= _SUPPORT:
             kept.append(int(best))
-        same = (overlap > _SAME_PERSON_IOU) | (inside > _SAME_PERSON_INSIDE)
+        same = (overlap > _SAME_WINDOW_IOU) | (inside > _SAME_PERSON_INSIDE)
         same[0] = True  # also a box that clipping left without any area
         order = order[~same]
     return kept
