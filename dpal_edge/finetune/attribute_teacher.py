@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpal_edge.errors import ModelFileError
+from dpal_edge.models.checkpoint import limits_of
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
 
@@ -16,9 +17,10 @@ _TASK = "attributes"
 class AttributeTeacher:
     """A model of this project with a head for attributes. No ``nn.Module``: nothing of it is trained or saved."""
 
-    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...], limits: str = "") -> None:
         """Most callers want ``open``."""
         self._model, self._mean, self._std = model.requires_grad_(False), mean, std
+        self.limits = limits
         self.labels: tuple[str, ...] = model.configs[_TASK].labels
 
     @classmethod
@@ -33,7 +35,7 @@ class AttributeTeacher:
             raise ModelFileError(
                 f"attribute_teacher {path}: has heads for {', '.join(model.configs)}, expected one for {_TASK}"
             )
-        return cls(model, tuple(metadata["mean"]), tuple(metadata["std"]))
+        return cls(model, tuple(metadata["mean"]), tuple(metadata["std"]), limits_of(metadata))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

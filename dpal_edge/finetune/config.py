@@ -29,7 +29,9 @@ class FinetuneConfig:
     pose_head: Literal["simcc", "heatmap"] = "simcc"
     parsing_head: Literal["upsample", "linear"] = "upsample"
     attribute_head: Literal["query", "linear"] = "query"
-    attribute_loss: Literal["weighted", "adjusted"] = "weighted"  # adjusted: a score of 0.5 balances recall, not odds
+    attribute_loss: Literal["weighted", "adjusted"] = (
+        "weighted"  # of labels; adjusted: a score of 0.5 balances recall, not odds
+    )
     parsing_channels: int = 128  # of the convolutions of the upsampling head
     embedding_head: Literal["strips", "linear"] = "strips"  # of an embedding learned from a teacher
     embedding_channels: int = 256  # of an embedding learned from identities; a teacher's has the teacher's

@@ -20,6 +20,7 @@ class Objective(Protocol):
     task: str
     head: HeadConfig
     size: tuple[int, int]  # height, width of its images
+    limits: str  # of what teaches it, which pass on to what is trained; empty: none known
     problems: tuple[str, ...]  # bad annotations that reading left out
 
     def __len__(self) -> int:

@@ -138,9 +138,10 @@ class Session:
 
     def _metadata(self) -> dict[str, Any]:
         state = self.state
-        inherited = {name: self.facts[name] for name in ("licence", "limits") if self.facts.get(name)}
+        limits = dict.fromkeys((self.facts.get("limits", ""), *(o.limits for o in self.objectives.values())))
+        inherited = {"licence": self.facts.get("licence"), "limits": " ".join(text for text in limits if text)}
         return {
-            **inherited,
+            **{name: text for name, text in inherited.items() if text},
             "teachers": self.facts.get("teachers", []),
             "origin": self.facts.get("origin"),
             "images": {"count": sum(map(len, self.objectives.values())), "sha256": self.digest},

@@ -91,6 +91,13 @@ class Checkpoint:
         return dict(sorted(counts.items()))  # a file's own order varies
 
 
+def limits_of(metadata: dict[str, Any]) -> str:
+    """Return what limits the use of a checkpoint: its own limits and those of what it was distilled from."""
+    inherited = {passport.get("limits", "") for passport in metadata.get("teachers", [])} - {""}
+    limits = [metadata.get("limits", ""), *(f"Its teacher's: {text}" for text in sorted(inherited))]
+    return " ".join(text for text in limits if text)
+
+
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write ``tensors`` and JSON-ready ``metadata`` to ``path``, atomically, with a hash over every byte."""
     cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}

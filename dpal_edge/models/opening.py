@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.files import sha256_of
-from dpal_edge.models.checkpoint import infer_vit, is_ours, load_backbone, load_matching, read_tensors, split_dpal
+from dpal_edge.models.checkpoint import (
+    infer_vit,
+    is_ours,
+    limits_of,
+    load_backbone,
+    load_matching,
+    read_tensors,
+    split_dpal,
+)
 from dpal_edge.models.encoders import Encoder, SwinEncoder, TimmEncoder, VitEncoder
 from dpal_edge.models.layouts import Family, Weights, licence_limits, recognise, unwrap
 from dpal_edge.models.swin import SwinTransformer, infer_swin
@@ -66,12 +74,10 @@ def _open_ours(spec: TeacherSpec, path: Path) -> tuple[Encoder, Origin]:
     """Open a checkpoint of this project, which tells its own architecture; ``entry`` chooses weights in it."""
     spec.refuse_others({"entry"}, "a checkpoint of this project")
     backbone, metadata = load_backbone(path, weights=spec.entry or "best")
-    inherited = {passport.get("limits", "") for passport in metadata.get("teachers", [])} - {""}
-    limits = [metadata.get("limits", ""), *(f"Its teacher's: {text}" for text in sorted(inherited))]
     family = Family(
         name="model of dpal-edge",
         licence=metadata.get("licence", Family.licence),
-        limits=" ".join(text for text in limits if text),
+        limits=limits_of(metadata),
         mean=tuple(metadata["mean"]),
         std=tuple(metadata["std"]),
     )

@@ -32,7 +32,12 @@ Mask = NDArray[np.uint8]
 
 
 def confirm(mask: Mask, joints: NDArray[np.float64]) -> Mask | None:
-    """Return what of a mask (H, W) of classes is the person with these joints (n, 2), x and y; None if neither fits."""
+    """Return what of a mask (H, W) of classes is the person with these joints; None if the two do not fit.
+
+    Args:
+        mask: 0 is nobody.
+        joints: (n, 2), x and y in pixels of the mask.
+    """
     near = 2 * round(_NEAR * max(mask.shape)) + 1
     points = np.clip(np.rint(joints).astype(int), 0, np.array(mask.shape[::-1]) - 1)
     _, parts = cv2.connectedComponents((mask > 0).astype(np.uint8))

@@ -137,11 +137,12 @@ class Maker:
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             trained = self._newest(run)
+            fresh = trained != path  # what ships is whitened already
             if run == "student":
                 attributes = self.work / "attributes"
-                crops = sorted(self.work.glob("embedded/*/*"))[::WHITENED] if trained != path else ()
-                pack(trained, path, soup=self.soup, crops=crops, attributes=attributes)
-            elif trained != path:
+                crops = sorted(self.work.glob("embedded/*/*"))[::WHITENED] if fresh else ()
+                pack(trained, path, soup=self.soup if fresh else None, crops=crops, attributes=attributes)
+            elif fresh:
                 pack(trained, path)
             if run in images:
                 gate = tuple(f"{task}={folder}" for task, folder in tasks[run].items())

@@ -15,6 +15,7 @@ from dpal_edge.finetune.augment import Augmentation
 from dpal_edge.finetune.config import build_config
 from dpal_edge.finetune.objectives.attributes import TaughtAttributeObjective
 from dpal_edge.finetune.run import run_finetuning
+from dpal_edge.models.checkpoint import read_newest, write_checkpoint
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import VisionTransformer, ViTConfig, normalize
@@ -68,15 +69,18 @@ def test_a_student_learns_them_from_images_alone(settings, folders, tmp_path):
     images = str(folders["reid"] / "bounding_box_train")
     labelled = {"task": [f"attributes={folders['attributes']}"], "share": []}
     run_finetuning(build_config({**settings, **labelled}), tmp_path / "teacher")
-    teacher = load_human(tmp_path / "teacher")[0]
-    changes = {"task": [f"attributes={images}"], "share": [], "attribute_teacher": str(tmp_path / "teacher")}
+    teacher, saved = load_human(tmp_path / "teacher")[0], read_newest(tmp_path / "teacher")[1]
+    limited = str(tmp_path / "limited.safetensors")
+    write_checkpoint(Path(limited), saved.tensors, {**saved.metadata, "limits": "indoors only"})
+    changes = {"task": [f"attributes={images}"], "share": [], "attribute_teacher": limited}
     changes |= {"steps": 40, "log_every": 10, "save_every": 40, "evaluate_every": 40, "attribute_head": "linear"}
     run_finetuning(build_config({**settings, **changes}), tmp_path / "run")
     course = [line["attributes"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert course[-1] < course[0]
     student, metadata = load_human(tmp_path / "run")
     assert student.configs["attributes"].labels == teacher.configs["attributes"].labels
-    assert metadata["config"]["attribute_teacher"] == str(tmp_path / "teacher")
+    assert metadata["config"]["attribute_teacher"] == limited
+    assert metadata["limits"] == "indoors only"
 
 
 def test_a_model_without_attributes_teaches_none(settings, folders, tmp_path):

@@ -19,6 +19,8 @@ Target = TypeVar("Target")
 class CropObjective(nn.Module, Generic[Target]):
     """A split of person crops, and the views that training takes of them."""
 
+    limits = ""
+
     def __init__(self, split: Split[Target], size: tuple[int, int], augmentation: Augmentation) -> None:
         super().__init__()
         self.split, self.size, self.augmentation = split, size, augmentation

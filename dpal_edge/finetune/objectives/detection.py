@@ -51,6 +51,7 @@ class DetectionObjective(nn.Module):
     """
 
     task = "detection"
+    limits = ""
 
     def __init__(
         self,
