@@ -39,11 +39,13 @@ class AttributeTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Map RGB crops (B, H, W, 3), uint8, of any size to logits (B, A), float32, on their device."""
+        """Map RGB crops (B, H, W, 3), uint8, of any size to logits (B, A), float32, on their device.
+
+        Autocast holds for it as for the student: in bfloat16 it takes half the time.
+        """
         pixels = images.permute(0, 3, 1, 2)
         size = self._model.backbone.config.size
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        with torch.autocast(images.device.type, enabled=False):
-            seen: Tensor = self._model.to(images.device)(normalize(pixels, self._mean, self._std), (_TASK,))[_TASK]
+        seen: Tensor = self._model.to(images.device)(normalize(pixels, self._mean, self._std), (_TASK,))[_TASK]
         return seen.float()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from dpal_edge.errors import ConfigError
 from dpal_edge.finetune.config import FinetuneConfig
@@ -16,6 +16,7 @@ from dpal_edge.finetune.objective import Objective, Values
 from dpal_edge.models.human import HumanModel
 from dpal_edge.models.vit import normalize
 from dpal_edge.train.loop import DTYPES, autocast, ema_decay, is_out_of_memory
+from dpal_edge.train.optimizer import build_optimizer
 
 _UNDECAYED = ("pos_embed", "cls_token", "queries")  # beside tensors of one axis
 
@@ -26,7 +27,7 @@ class State:
 
     model: HumanModel
     objectives: nn.ModuleDict  # with weights that only training needs, such as identity classifiers
-    optimizer: AdamW
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     ema: HumanModel  # running mean of the model
     device: torch.device
@@ -52,7 +53,7 @@ def build_state(
         {task: objective for task, objective in objectives.items() if isinstance(objective, nn.Module)}
     )
     modules = modules.to(device)
-    optimizer = AdamW(parameter_groups(model, modules, config), lr=0.0, fused=True)
+    optimizer = build_optimizer(config.optimizer, parameter_groups(model, modules, config), model, (0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = copy.deepcopy(model).requires_grad_(False)
     return State(model, modules, optimizer, scaler, ema, device, precision, mean, std)

@@ -28,6 +28,7 @@ from dpal_edge.tasks.table import parse_tasks
 from dpal_edge.train.distributed import World
 from dpal_edge.train.loop import choose_device
 from dpal_edge.train.memory import keep_freed_memory
+from dpal_edge.train.optimizer import optimizer_tensors, restore_optimizer
 
 MAY_CHANGE = frozenset(
     {"steps", "lr", "clip", "precision", "device", "workers", "log_every", "save_every", "keep", "trackers"}
@@ -77,11 +78,7 @@ class Session:
         ema = {f"backbone.{name}": value for name, value in saved.part("ema").items()}
         state.ema.load_state_dict(ema | {f"heads.{name}": value for name, value in saved.part("ema_heads").items()})
         state.objectives.load_state_dict(saved.part("objectives"))
-        moments = saved.part("optimizer")
-        for name, parameter in _trainable(state).items():
-            if f"{name}.step" in moments:
-                found = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                state.optimizer.state[parameter] = {key: value.to(state.device) for key, value in found.items()}
+        restore_optimizer(state.optimizer, _trainable(state), saved.part("optimizer"))
         if state.scaler.is_enabled() and saved.metadata["scaler"]:
             state.scaler.load_state_dict(saved.metadata["scaler"])
         state.step, self.losses = saved.metadata["step"], saved.metadata["validation"]
@@ -204,10 +201,8 @@ def state_tensors(state: State) -> dict[str, Tensor]:
         part, _, rest = name.partition(".")
         tensors[f"{'ema' if part == 'backbone' else 'ema_heads'}.{rest}"] = value
     tensors |= {f"objectives.{name}": value for name, value in state.objectives.state_dict().items()}
-    for name, parameter in _trainable(state).items():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
+    moments = optimizer_tensors(state.optimizer, _trainable(state))
+    return tensors | {f"optimizer.{name}": value for name, value in moments.items()}
 
 
 def _trainable(state: State) -> dict[str, Tensor]:

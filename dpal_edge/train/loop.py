@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -30,6 +30,7 @@ from dpal_edge.train.distributed import World
 from dpal_edge.train.memory import give_back_freed_memory
 from dpal_edge.train.method import Method, Values, Views
 from dpal_edge.train.methods import find_method
+from dpal_edge.train.optimizer import build_optimizer
 
 _NO_MEMORY = (
     "can't allocate memory",
@@ -166,7 +167,7 @@ def build_state(
     if first is not None:
         method.backbone.load_state_dict(first.state_dict())
     teachers.cast(DTYPES[precision])
-    optimizer = AdamW(_parameter_groups(method, config), lr=0.0, betas=(0.9, 0.95), fused=True)
+    optimizer = build_optimizer(config.optimizer, _parameter_groups(method, config), method, (0.9, 0.95))
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ema = copy.deepcopy(method.backbone).requires_grad_(False)
     if config.compile:

@@ -22,6 +22,7 @@ from dpal_edge.tasks.table import parse_tasks
 from dpal_edge.train.augment import resolve_augment
 from dpal_edge.train.data import PersonBatches
 from dpal_edge.train.loop import State, validate
+from dpal_edge.train.optimizer import optimizer_tensors
 from dpal_edge.train.report import write_report
 from dpal_edge.train.setup import Setup
 from dpal_edge.train.watcher import Watcher
@@ -181,7 +182,5 @@ def state_tensors(state: State) -> dict[str, Tensor]:
     """Return every tensor that an update changes, by the names of a checkpoint."""
     tensors = state.method.student_state()
     tensors |= {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
-    for name, parameter in state.method.named_parameters():
-        for key, value in state.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
+    moments = optimizer_tensors(state.optimizer, dict(state.method.named_parameters()))
+    return tensors | {f"optimizer.{name}": value for name, value in moments.items()}

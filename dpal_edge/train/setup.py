@@ -27,6 +27,7 @@ from dpal_edge.train.distributed import World
 from dpal_edge.train.loop import State, TimedLoader, build_state, choose_device
 from dpal_edge.train.memory import keep_freed_memory
 from dpal_edge.train.methods.dpal import new_student
+from dpal_edge.train.optimizer import restore_optimizer
 from dpal_edge.train.resume import checkpoint_to_resume
 from dpal_edge.train.sources import ImageSource, open_source
 from dpal_edge.train.trackers import require_trackers
@@ -195,11 +196,7 @@ def _restore(
         raise ModelFileError(f"the checkpoint of update {metadata['step']} lacks {', '.join(sorted(absent)[:3])}")
     state.method.load_state_dict(student, strict=False)  # the teachers are not in it
     state.ema.load_state_dict(saved.part("ema"))
-    moments = saved.part("optimizer")
-    for name, parameter in state.method.named_parameters():
-        if f"{name}.step" in moments:  # none yet where fp16 skipped every update so far
-            found = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            state.optimizer.state[parameter] = {key: value.to(state.device) for key, value in found.items()}
+    restore_optimizer(state.optimizer, dict(state.method.named_parameters()), saved.part("optimizer"))
     if state.scaler.is_enabled() and metadata["scaler"]:
         state.scaler.load_state_dict(metadata["scaler"])
     state.step = metadata["step"]

@@ -65,9 +65,9 @@ def test_losses_fall_on_data_that_pixels_alone_solve(settings, tmp_path):
     assert np.mean([watcher.losses[s] for s in range(36, 41)]) < 0.6 * watcher.losses[1]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_run_ends_with_the_same_weights(settings, tmp_path, workers):
-    config = build_config({**settings, "workers": workers})
+@pytest.mark.parametrize(("workers", "optimizer"), [(0, "adamw"), (1, "muon")])
+def test_a_resumed_run_ends_with_the_same_weights(settings, tmp_path, workers, optimizer):
+    config = build_config({**settings, "workers": workers, "optimizer": optimizer})
     run_finetuning(config, tmp_path / "whole")
     stopped = run_finetuning(config, tmp_path / "parts", watcher=Recorder(at=1))
     assert (stopped.interrupted, stopped.step) == (True, 1)

@@ -176,6 +176,14 @@ def test_resume_is_bit_equal(finished, interrupted):
         assert line["loss"] == expected["loss"]
 
 
+def test_resume_is_bit_equal_with_muon(settings, tmp_path):
+    config = build_config({**settings, "optimizer": "muon"})
+    whole = run_training(config, tmp_path / "whole")
+    run_training(config, tmp_path / "parts", watcher=Recorder(at=3))
+    resumed = run_training(config, tmp_path / "parts", resume=True)
+    assert_equal_tensors(resumed.checkpoint, whole.checkpoint)
+
+
 def test_resume_drops_metrics_after_the_checkpoint_and_a_cut_line(finished, interrupted):
     lines = (interrupted / "metrics.jsonl").read_text()
     (interrupted / "metrics.jsonl").write_text(lines + json.dumps({"step": 4, "loss": 99}) + '\n{"step": 4, "lo')
