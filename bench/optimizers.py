@@ -6,8 +6,8 @@
 Two beginnings, each from random weights at 128x64: pose and parsing learned from labels (``finetune``, 64 images an
 update), and a teacher's patterns (``train``, DPAL, 32 an update). A learning rate that suits one optimizer may not suit
 the other, so each is tried at three and its best one counts. What Muon costs does not depend on the batch: 15 products
-per matrix, 24 GFLOP for all of a ViT-Ti, against 68 of an update of 64 crops of 128x64 (32 patches), 230 of 96 of 192x96
-and 1,070 of 256 of 256x128. Writes ``bench/results/optimizers.json``.
+per matrix, 24 GFLOP for all of a ViT-Ti, against 68 of an update of 64 crops of 128x64, 230 of 96 of 192x96 and 1,070
+of 256 of 256x128. Writes ``bench/results/optimizers.json``.
 """
 
 import itertools
