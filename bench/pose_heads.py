@@ -1,4 +1,4 @@
-"""How fast three pose heads learn on the same frozen features: RTMPose's neck alone, ours, and ViTPose's heatmaps.
+"""How fast pose heads learn on the same frozen features: RTMPose's neck, ours with and without upsampling, heatmaps.
 
     python bench/pose_heads.py --init CHECKPOINT --data COCO_FOLDER [--people 1500] [--epochs 6]
 
@@ -51,7 +51,12 @@ class NeckAlone(nn.Module):
         return bins
 
 
-HEADS = {"neck alone": (NeckAlone, "simcc"), "ours": (SimCCHead, "simcc"), "heatmap": (HeatmapHead, "heatmap")}
+HEADS = {  # the class, what decodes it, channels of its upsampling
+    "neck alone": (NeckAlone, "simcc", 0),
+    "ours": (SimCCHead, "simcc", 128),
+    "one convolution": (SimCCHead, "simcc", 0),
+    "heatmap": (HeatmapHead, "heatmap", 0),
+}
 
 
 @click.command()
@@ -71,18 +76,20 @@ def main(init: str, data: Path, people: int, epochs: int) -> None:
                for name, part in parts.items()}  # fmt: skip
     place = Place(backbone.config.width, backbone.config.grid, size)
     result = {}
-    for name, (kind, decoding) in HEADS.items():
+    for name, (kind, decoding, channels) in HEADS.items():
         torch.manual_seed(0)
-        head = kind(HeadConfig(task="pose", kind=decoding, labels=parts["train"].labels), place)
-        objective = PoseObjective(parts["train"], size, Augmentation(), decoding)
+        objective = PoseObjective(parts["train"], size, Augmentation(), decoding, channels)
+        head = kind(objective.head, place)
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
         tokens, targets = data_of["train"]
         begun, curve = time.perf_counter(), []
         for epoch in range(1, epochs + 1):
+            head.train()
             for i in torch.randperm(len(tokens)).split(32):
                 optimizer.zero_grad()
                 objective(head, tokens[i].float(), {key: value[i] for key, value in targets.items()})["loss"].backward()
                 optimizer.step()
+            head.eval()
             if epoch % 2 == 0:
                 with torch.no_grad():
                     raw = torch.cat([head(part.float()) for part in data_of["val"][0].split(50)]).numpy()

@@ -33,6 +33,7 @@ class FinetuneConfig:
         "weighted"  # of labels; adjusted: a score of 0.5 balances recall, not odds
     )
     parsing_channels: int = 128  # of the convolutions of the upsampling head
+    pose_channels: int = 128  # of those of the simcc head; 0: it has one convolution alone
     embedding_head: Literal["strips", "linear"] = "strips"  # of an embedding learned from a teacher
     embedding_channels: int = 256  # of an embedding learned from identities; a teacher's has the teacher's
     reid_teacher: str | None = None  # FILE[?color=bgr]: embeddings to learn from, on the unlabelled images of reid=DIR
@@ -90,7 +91,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, positive=_POSITIVE, shares=_SHARES)
-        for name in ("clip", "weight_decay", "validation_images", "workers", "seed", "freeze_blocks"):
+        for name in ("clip", "weight_decay", "validation_images", "workers", "seed", "freeze_blocks", "pose_channels"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         self.augmentation("pose")  # checks its fields

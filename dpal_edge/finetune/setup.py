@@ -129,7 +129,7 @@ def _hold_out(split: Split[Any], count: int, seed: int) -> tuple[Split[Any], Spl
 def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple[int, int], width: int) -> Objective:
     augmentation = config.augmentation(task)
     if task == "pose":
-        return PoseObjective(split, size, augmentation, config.pose_head)
+        return PoseObjective(split, size, augmentation, config.pose_head, config.pose_channels)
     if task == "parsing":
         return ParsingObjective(split, size, augmentation, config.parsing_head, config.parsing_channels)
     if task == "attributes" and config.attribute_teacher:

@@ -13,7 +13,7 @@ class HeadConfig:
     task: str
     kind: str  # of KINDS[task]
     labels: tuple[str, ...] = ()  # joints, classes or attributes, in the order of the outputs
-    channels: int = 0  # of the hidden convolutions of a parsing head, or of an embedding
+    channels: int = 0  # of the hidden convolutions of a head for parsing or pose, or of an embedding
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""

@@ -40,12 +40,29 @@ def patch_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens[:, 1:].mT.reshape(tokens.shape[0], tokens.shape[2], *grid)
 
 
+class Upsampling(nn.ModuleList):
+    """Twice {3x3 convolution, batch norm, ReLU, bilinear x2}: (B, inside, rows, columns) to (B, channels, 4x, 4x)."""
+
+    def __init__(self, inside: int, channels: int) -> None:
+        super().__init__(
+            nn.Sequential(nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+            for width in (inside, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Enlarge a map of patches."""
+        for stage in self:
+            x = F.interpolate(F.relu(stage(x)), scale_factor=2, mode="bilinear")
+        return x
+
+
 class SimCCHead(nn.Module):
     """Joints as two classifications over bins of half a pixel, of x and of y: no heatmap to search afterwards.
 
-    A convolution gives a map per joint, four times as fine as the patches. Its marginals over rows and over columns
-    (log-sum-exp), spread over the bins by a linear map, are the logits of the axes: (B, K, 2 * width + 2 * height), x
-    before y. What joints tell of each other is added: each one's map becomes a vector, which attends to the others'.
+    Each joint has a map four times as fine as the patches: upsampled by convolutions of ``config.channels``, or, at 0,
+    one convolution of the enlarged tokens. Its marginals over rows and over columns (log-sum-exp), spread over the bins
+    by a linear map, are the logits of the axes: (B, K, 2 * width + 2 * height), x before y. What joints tell of each
+    other is added: each one's map becomes a vector, which attends to the others'.
 
     Source: SimCC (Li et al., 2022) and the neck of RTMPose (Jiang et al., 2023). Differs: there the vectors alone must
     learn which cell lies where; here the marginals know it from the start and the vectors, a ViT block in place of a
@@ -57,7 +74,12 @@ class SimCCHead(nn.Module):
         height, width = place.size
         rows, columns = (_UP * side for side in place.grid)
         self.grid = place.grid
-        self.maps = nn.Conv2d(place.width, len(config.labels), 3, padding=1)
+        if config.channels:
+            self.upsample: nn.Module = Upsampling(place.width, config.channels)
+            self.maps = nn.Conv2d(config.channels, len(config.labels), 1)
+        else:
+            self.upsample = nn.Upsample(scale_factor=_UP, mode="bilinear")
+            self.maps = nn.Conv2d(place.width, len(config.labels), 3, padding=1)
         self.x, self.y = _spread(columns, SIMCC_SPLIT * width), _spread(rows, SIMCC_SPLIT * height)
         patches = math.prod(place.grid)
         self.embed = nn.Sequential(nn.LayerNorm(patches), nn.Linear(patches, _SIMCC_WIDTH))
@@ -69,7 +91,7 @@ class SimCCHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens to logits (B, K, bins of x and of y)."""
-        maps = self.maps(F.interpolate(patch_map(tokens, self.grid), scale_factor=_UP, mode="bilinear"))
+        maps = self.maps(self.upsample(patch_map(tokens, self.grid)))
         logits = torch.cat([self.x(maps.logsumexp(2)), self.y(maps.logsumexp(3))], dim=-1)
         joints = self.embed(F.avg_pool2d(maps, _UP).flatten(2))  # (B, K, hidden)
         refined: Tensor = logits + self.context(self.norm(self.block(joints)))
@@ -114,18 +136,12 @@ class UpsampleParsingHead(nn.Module):
     def __init__(self, config: HeadConfig, place: Place) -> None:
         super().__init__()
         self.grid = place.grid
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inside, config.channels, 3, padding=1, bias=False), nn.BatchNorm2d(config.channels))
-            for inside in (place.width, config.channels)
-        )
+        self.stages = Upsampling(place.width, config.channels)
         self.classify = nn.Conv2d(config.channels, len(config.labels), 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens to logits per class."""
-        x = patch_map(tokens, self.grid)
-        for stage in self.stages:
-            x = F.interpolate(F.relu(stage(x)), scale_factor=2, mode="bilinear")
-        logits: Tensor = self.classify(x)
+        logits: Tensor = self.classify(self.stages(patch_map(tokens, self.grid)))
         return logits
 
 

@@ -15,7 +15,7 @@ from dpal_edge.models.vit import ViTConfig
 CONFIG = ViTConfig(size=(64, 32), width=24, depth=2, heads=2, last_heads=4)
 SWIN = SwinConfig(size=(96, 64), width=32, depths=(1, 1, 2, 1), heads=(1, 1, 2, 2), window=3)  # an odd map of 3x2
 HEADS = {
-    "pose": HeadConfig(task="pose", kind="simcc", labels=("nose", "left_knee", "right_knee")),
+    "pose": HeadConfig(task="pose", kind="simcc", labels=("nose", "left_knee", "right_knee"), channels=16),
     "parsing": HeadConfig(task="parsing", kind="upsample", labels=("background", "skin"), channels=8),
     "attributes": HeadConfig(task="attributes", kind="query", labels=("bag", "hat", "coat", "dress")),
     "reid": HeadConfig(task="reid", kind="bnneck", channels=12),

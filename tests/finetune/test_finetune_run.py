@@ -47,7 +47,7 @@ def test_all_tasks_on_one_backbone(settings, tmp_path):
     assert {task: head.kind for task, head in model.configs.items()} == {
         "pose": "simcc", "parsing": "upsample", "attributes": "query", "reid": "bnneck",
     }  # fmt: skip
-    assert model.configs["pose"].labels == layouts.JOINTS
+    assert (model.configs["pose"].labels, model.configs["pose"].channels) == (layouts.JOINTS, 128)
     with torch.no_grad():
         outputs = model(torch.zeros(2, 3, 32, 16))
     assert {task: tuple(value.shape) for task, value in outputs.items()} == {

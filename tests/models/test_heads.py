@@ -27,9 +27,9 @@ SHAPES = {
 }
 
 
-def head(task, kind):
+def head(task, kind, channels=10):
     labels = () if task == "reid" else LABELS
-    return build_head(HeadConfig(task=task, kind=kind, labels=labels, channels=10), PLACE)
+    return build_head(HeadConfig(task=task, kind=kind, labels=labels, channels=channels), PLACE)
 
 
 @pytest.mark.parametrize(("task", "kind"), SHAPES)
@@ -64,13 +64,16 @@ def test_strips_are_quarters_of_the_height(rows, of_third):
     torch.testing.assert_close(module.shares.view(4, rows, 4)[:, 2].sum(-1), torch.tensor(of_third, dtype=torch.float))
 
 
-def test_simcc_begins_by_saying_where_its_map_is_high():
-    """One hot cell of the finer map, in the middle of patch (5, 2): its pixels are found without any training."""
-    module = head("pose", "simcc").eval()
+@pytest.mark.parametrize("channels", [0, 10])
+def test_simcc_begins_by_saying_where_its_map_is_high(channels):
+    """A hot patch (5, 2), handed on by every convolution: its pixels are found without any training."""
+    module = head("pose", "simcc", channels).eval()
     with torch.no_grad():
-        module.maps.weight.zero_()
         module.maps.bias.zero_()
-        module.maps.weight[:, 0, 1, 1] = 30.0
+        for convolution in (m for m in module.modules() if isinstance(m, torch.nn.Conv2d)):
+            middle = convolution.kernel_size[0] // 2
+            convolution.weight.zero_()
+            convolution.weight[:, 0, middle, middle] = 30.0 if convolution is module.maps else 1.0
         tokens = torch.zeros(1, 33, 24)
         tokens[0, 1 + 5 * 4 + 2, 0] = 1.0
         places, _ = decode_joints(module(tokens).numpy(), "simcc", (64, 32))

@@ -30,9 +30,13 @@ class PoseObjective(CropObjective[Pose]):
 
     task = "pose"
 
-    def __init__(self, split: Split[Pose], size: tuple[int, int], augmentation: Augmentation, kind: str) -> None:
+    def __init__(
+        self, split: Split[Pose], size: tuple[int, int], augmentation: Augmentation, kind: str, channels: int = 0
+    ) -> None:
+        """Prepare ``split`` for a head of ``kind``, with upsampling convolutions of ``channels`` where it has any."""
         super().__init__(split, size, augmentation)
-        self.head = HeadConfig(task=self.task, kind=kind, labels=split.labels)
+        channels = channels if kind == "simcc" else 0
+        self.head = HeadConfig(task=self.task, kind=kind, labels=split.labels, channels=channels)
         self._swapped = np.arange(len(split.labels))
         for one, other in flip_pairs(split.labels):
             self._swapped[[one, other]] = other, one
