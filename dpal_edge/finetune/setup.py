@@ -22,6 +22,7 @@ from dpal_edge.finetune.objectives.pose import PoseObjective
 from dpal_edge.finetune.objectives.reid import EmbeddingObjective, IdentityObjective
 from dpal_edge.models.checkpoint import is_ours, load_backbone, read_newest
 from dpal_edge.models.encoders import SwinEncoder, VitEncoder
+from dpal_edge.models.heads import SimCCHead
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.opening import open_teacher
 from dpal_edge.models.students import (
@@ -158,7 +159,7 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
 
 
 def build_model(start: Start, objectives: Mapping[str, Objective], config: FinetuneConfig) -> HumanModel:
-    """Put a head for each task on the backbone; heads that the init has for the same labels keep what fits the size.
+    """Put a head for each task on the backbone; heads that the init has for the same labels keep what they learned.
 
     Raises:
         ConfigError: the tasks' images are of different sizes, or not of whole patches.
@@ -177,9 +178,11 @@ def build_model(start: Start, objectives: Mapping[str, Objective], config: Finet
     model = HumanModel(backbone, {task: objective.head for task, objective in objectives.items()})
     for task, head in (start.trained.heads if start.trained else nn.ModuleDict()).items():
         if start.trained and start.trained.configs[task] == model.configs.get(task):
-            wanted = model.heads[task].state_dict()
-            fitting = {n: v for n, v in head.state_dict().items() if n in wanted and v.shape == wanted[n].shape}
-            model.heads[task].load_state_dict(fitting, strict=False)
+            own = model.heads[task]
+            if isinstance(own, SimCCHead) and isinstance(head, SimCCHead):  # has weights for each place
+                own.adopt(head)
+            else:
+                own.load_state_dict(head.state_dict())
     _freeze(model, config)
     return model
 

@@ -97,6 +97,33 @@ class SimCCHead(nn.Module):
         refined: Tensor = logits + self.context(self.norm(self.block(joints)))
         return refined
 
+    @torch.no_grad()
+    def adopt(self, other: "SimCCHead") -> None:
+        """Take the weights of a head for another size, interpolated over patches, cells and bins.
+
+        Sums over them keep their size; of a spreading map only what it learned since its beginning is interpolated.
+        """
+        state = other.state_dict()
+        share = math.prod(other.grid) / math.prod(self.grid)
+        state["embed.1.weight"] = _fit(state["embed.1.weight"].unflatten(1, other.grid), self.grid).flatten(1) * share
+        for name in ("embed.0.weight", "embed.0.bias"):
+            state[name] = _fit(state[name].view(1, *other.grid), self.grid).flatten()
+        for name, own, old in (("x", self.x, other.x), ("y", self.y, other.y)):
+            start = _spread(own.in_features, own.out_features).weight
+            learned = _fit((old.weight - _spread(old.in_features, old.out_features).weight)[None], start.shape)[0]
+            state[f"{name}.weight"] = start + learned * (old.in_features / own.in_features)
+            state[f"{name}.bias"] = _fit(old.bias[None, None], (1, own.out_features)).flatten()
+        for name, columns in (("context.weight", _SIMCC_WIDTH), ("context.bias", 1)):
+            axes = state[name].view(1, -1, columns).split([other.x.out_features, other.y.out_features], 1)
+            fitted = [_fit(axis, (own.out_features, columns)) for axis, own in zip(axes, (self.x, self.y), strict=True)]
+            state[name] = torch.cat(fitted, 1).view(self.state_dict()[name].shape)
+        self.load_state_dict(state)
+
+
+def _fit(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Interpolate maps (C, rows, columns) to other rows and columns."""
+    return F.interpolate(maps[None], size, mode="bilinear")[0]
+
 
 def _spread(cells: int, bins: int) -> nn.Linear:
     """Return a linear map that begins as the linear interpolation of ``cells`` values at ``bins`` places."""

@@ -64,21 +64,53 @@ def test_strips_are_quarters_of_the_height(rows, of_third):
     torch.testing.assert_close(module.shares.view(4, rows, 4)[:, 2].sum(-1), torch.tensor(of_third, dtype=torch.float))
 
 
+def hand_on(module, factor):
+    """Make every convolution of a simcc head hand the first channel on, the last one ``factor`` times as large."""
+    module.maps.bias.zero_()
+    for convolution in (m for m in module.modules() if isinstance(m, torch.nn.Conv2d)):
+        middle = convolution.kernel_size[0] // 2
+        convolution.weight.zero_()
+        convolution.weight[:, 0, middle, middle] = factor if convolution is module.maps else 1.0
+
+
 @pytest.mark.parametrize("channels", [0, 10])
 def test_simcc_begins_by_saying_where_its_map_is_high(channels):
     """A hot patch (5, 2), handed on by every convolution: its pixels are found without any training."""
     module = head("pose", "simcc", channels).eval()
     with torch.no_grad():
-        module.maps.bias.zero_()
-        for convolution in (m for m in module.modules() if isinstance(m, torch.nn.Conv2d)):
-            middle = convolution.kernel_size[0] // 2
-            convolution.weight.zero_()
-            convolution.weight[:, 0, middle, middle] = 30.0 if convolution is module.maps else 1.0
+        hand_on(module, 30.0)
         tokens = torch.zeros(1, 33, 24)
         tokens[0, 1 + 5 * 4 + 2, 0] = 1.0
         places, _ = decode_joints(module(tokens).numpy(), "simcc", (64, 32))
     assert abs(places[0, :, 0] - (2 * 8 + 4)).max() <= 1.5
     assert abs(places[0, :, 1] - (5 * 8 + 4)).max() <= 1.5
+
+
+def blob(rows, columns):
+    """A smooth bump at three quarters of the height and a third of the width, in the first channel of tokens."""
+    y, x = ((torch.arange(n) + 0.5) / n for n in (rows, columns))
+    bump = torch.exp(-(((y - 0.75) / 0.15) ** 2)[:, None] - ((x - 1 / 3) / 0.2) ** 2)
+    return torch.nn.functional.pad(bump.view(1, -1, 1), (0, 23, 1, 0))
+
+
+@pytest.mark.parametrize("channels", [0, 10])
+def test_a_simcc_head_of_another_size_finds_the_same_places(channels):
+    small = head("pose", "simcc", channels).eval()
+    large = build_head(HeadConfig(task="pose", kind="simcc", labels=LABELS, channels=channels),
+                       Place(width=24, grid=(12, 6), size=(96, 48))).eval()  # fmt: skip
+    with torch.no_grad():
+        hand_on(small, 20.0)
+        small.y.bias[:] = torch.linspace(0, 40, 128)  # something learned: joints lie lower than their maps say
+        torch.nn.init.normal_(small.context.weight, std=0.02)
+        large.adopt(small)
+        one, _ = decode_joints(small(blob(8, 4)).numpy(), "simcc", (64, 32))
+        two, _ = decode_joints(large(blob(12, 6)).numpy(), "simcc", (96, 48))
+    assert abs(one / (32, 64) - two / (48, 96)).max() < 0.08  # a third of a patch of the smaller
+    assert abs(one[..., 1] - 0.75 * 64).max() > 2  # what was learned shows
+    same = head("pose", "simcc", channels)
+    same.adopt(small)
+    for name, value in small.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], value)
 
 
 def test_bnneck_separates_what_is_pulled_from_what_is_classified():
