@@ -107,12 +107,14 @@ class Maker:
         self._distil("distil", list_checkpoints(self.work / "teacher")[-1], "distil.yaml")
 
     def student(self) -> None:
-        """Put the heads on the student: at fewer pixels first."""
-        self._finetune("student-small", self.work / "distil", "student-small.yaml")
-        self._finetune("student", self.work / "student-small", "student.yaml")
+        """Put the heads on the student: at fewer pixels first. The teacher tells the attributes."""
+        taught = {"attributes": self.work / "embedded" / "ccp_train_images"}
+        told = ("--set", f"attribute_teacher={self._newest('teacher')}")
+        self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=taught)
+        self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=taught)
 
     def attributes(self) -> None:
-        """Have the teacher tell the student's head the attributes: few labels, seen for hours, are known by heart."""
+        """Have the teacher tell the head for attributes more: few labels, seen for hours, are known by heart."""
         run = self.work / "attributes"
         _command("finetune", "--init", self._newest("student"), "--config", HERE / "attributes.yaml", "--out", run,
                  "--task", f"attributes={self.work / 'embedded' / 'ccp_train_images'}",
@@ -120,7 +122,7 @@ class Maker:
 
     def detector(self) -> None:
         """Train the detector on the student's backbone: at fewer pixels first."""
-        self._detect("detector-small", self.work / "student", "detector-small.yaml")
+        self._detect("detector-small", self._newest("student"), "detector-small.yaml")
         self._detect("detector", self.work / "detector-small", "detector.yaml")
 
     def pack(self) -> None:
@@ -234,11 +236,13 @@ class Maker:
         _command("train", "--teacher", teacher, "--data", self.work / "unlabelled", "--out", run,
                  "--config", HERE / config, "--set", f"backgrounds={places}", *_resume(run))  # fmt: skip
 
-    def _finetune(self, name: str, init: object, config: str, *settings: str) -> None:
+    def _finetune(
+        self, name: str, init: object, config: str, *settings: str, folders: Mapping[str, Path] | None = None
+    ) -> None:
         embedder = "person-reidentification-retail-0277"
         teacher = self.omz / embedder / "FP16" / f"{embedder}.xml"
-        tasks = [part for task, folder in {**self._people(), "reid": self.work / "embedded"}.items()
-                 for part in ("--task", f"{task}={folder}")]  # fmt: skip
+        folders = {**self._people(), "reid": self.work / "embedded", **(folders or {})}
+        tasks = [part for task, folder in folders.items() for part in ("--task", f"{task}={folder}")]
         run = self.work / name
         _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / config,
                  "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
