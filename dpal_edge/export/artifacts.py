@@ -154,12 +154,19 @@ class Workshop:
         return self._candidates[key]
 
     def _give_up_layers(self, form: str) -> Candidate:
-        """Leave ever more layers in float, the most sensitive first, until the gate holds; never all of them."""
-        ranking = self._rank()
-        count = 0
+        """Leave ever more layers in float until the gate holds; never all of them.
+
+        The most sensitive come first, but those that nothing but the failing heads sees before those that all share:
+        how far outputs move tells little of what that costs a metric, and a head's own layers are few.
+        """
+        ranking, count = self._rank(), 0
+        names = {head.task: head.name for head in self.manifest.heads}
+        failing: set[str] = set()
         while True:
-            kept = tuple(one.layer for one in ranking[:count])
+            order = sorted(ranking, key=lambda one: not one.heads <= failing)
+            kept = tuple(one.layer for one in order[:count])
             candidate = self._judge(self._write_int8(form, kept), kept)
+            failing |= {names.get(verdict.head, verdict.head) for verdict in candidate.failed}
             count = 2 * count or 1
             if not candidate.failed or count >= len(ranking):
                 return candidate

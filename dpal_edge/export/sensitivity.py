@@ -30,6 +30,11 @@ class Sensitivity:
         """The error of the head that suffers most."""
         return max(self.errors.values())
 
+    @property
+    def heads(self) -> set[str]:
+        """The heads that see the layer."""
+        return {head for head, error in self.errors.items() if error > 0}
+
 
 class Switched:
     """A graph whose layers are quantized at will, without building it again."""
