@@ -67,7 +67,7 @@ class FinetuneConfig:
 
     # Optimisation
     steps: int = 2000  # optimizer updates
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of blocks; learns more from each image
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks
     lr: float = 5e-4  # peak learning rate of the heads, for this batch
     layer_decay: float = 0.8  # factor from each block to the one before it
     weight_decay: float = 0.05

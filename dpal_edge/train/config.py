@@ -60,7 +60,7 @@ class TrainConfig:
 
     # Optimisation
     steps: int = 10_000  # optimizer updates
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of blocks; learns more from each image
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks
     batch: int = 256  # images per update, over all processes
     accumulate: int = 1  # passes that an update is made of, each with batch / accumulate images
     base_lr: float = 2.5e-4  # peak learning rate per 256 images
