@@ -41,7 +41,7 @@ class AttributeTeacher:
     def __call__(self, images: Tensor) -> Tensor:
         """Map RGB crops (B, H, W, 3), uint8, of any size to logits (B, A), float32, on their device.
 
-        Autocast holds for it as for the student: in bfloat16 it takes half the time.
+        The caller's autocast holds for it, as for the student.
         """
         pixels = images.permute(0, 3, 1, 2)
         size = self._model.backbone.config.size

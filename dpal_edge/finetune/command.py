@@ -83,9 +83,10 @@ class Lines(Watcher):
         )
         for task, told in facts["tasks"].items():
             bad = f", {told['bad']} bad annotations left out (problems.jsonl)" if told["bad"] else ""
-            self._say(
-                f"{task:<11}{told['examples']} examples, {told['per_update']} in each update, {told['head']} head{bad}"
-            )
+            head = f"{told['head']} head"
+            if told["replaces"]:
+                head = f"new {head} (the init's has another kind, other labels or channels)"
+            self._say(f"{task:<11}{told['examples']} examples, {told['per_update']} in each update, {head}{bad}")
         self._say(f"device     {facts['device']} in {facts['precision']}")
         self._say(f"updates    {facts['from_step']} to {facts['steps']} of "
                   f"{sum(t['per_update'] for t in facts['tasks'].values())} images")  # fmt: skip

@@ -54,6 +54,8 @@ class Session:
         if device.type == "cpu":
             keep_freed_memory()
         model = build_model(start, self.objectives, config)
+        had = start.trained.configs if start.trained and saved is None else {}
+        self.replaced = {task for task, head in model.configs.items() if had.get(task, head) != head}  # of the init's
         mean, std = tuple(start.facts["mean"]), tuple(start.facts["std"])
         self.state = build_state(model, self.objectives, config, device, precision, mean=mean, std=std)
         self.name = start.name
@@ -104,7 +106,8 @@ class Session:
             "size": list(model.backbone.config.size),
             "parameters": {"backbone": _count(model.backbone), **{t: _count(h) for t, h in model.heads.items()}},
             "trainable": sum(p.numel() for g in self.state.optimizer.param_groups for p in g["params"]),
-            "tasks": {t: {"examples": len(o), "per_update": self.counts[t], "head": o.head.kind, "bad": len(o.problems)}
+            "tasks": {t: {"examples": len(o), "per_update": self.counts[t], "head": o.head.kind, "bad": len(o.problems),
+                          "replaces": t in self.replaced}
                       for t, o in self.objectives.items()},
             "device": str(self.state.device),
             "precision": self.state.precision,

@@ -159,7 +159,7 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
 
 
 def build_model(start: Start, objectives: Mapping[str, Objective], config: FinetuneConfig) -> HumanModel:
-    """Put a head for each task on the backbone; heads that the init has for the same labels keep what they learned.
+    """Put a head for each task on the backbone; heads that the init has of the same config keep what they learned.
 
     Raises:
         ConfigError: the tasks' images are of different sizes, or not of whole patches.

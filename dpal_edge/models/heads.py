@@ -41,7 +41,11 @@ def patch_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Upsampling(nn.ModuleList):
-    """Twice {3x3 convolution, batch norm, ReLU, bilinear x2}: (B, inside, rows, columns) to (B, channels, 4x, 4x)."""
+    """Twice {3x3 convolution, batch norm, ReLU, bilinear x2}.
+
+    Source: PATH's parsing head, Tang et al., 2023 (HumanBench). Differs: 128 channels by default rather than 256, for a
+    student of 192.
+    """
 
     def __init__(self, inside: int, channels: int) -> None:
         super().__init__(
@@ -50,7 +54,7 @@ class Upsampling(nn.ModuleList):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Enlarge a map of patches."""
+        """Map (B, inside, rows, columns) to (B, channels, 4 * rows, 4 * columns)."""
         for stage in self:
             x = F.interpolate(F.relu(stage(x)), scale_factor=2, mode="bilinear")
         return x
@@ -99,7 +103,7 @@ class SimCCHead(nn.Module):
 
     @torch.no_grad()
     def adopt(self, other: "SimCCHead") -> None:
-        """Take the weights of a head for another size, interpolated over patches, cells and bins.
+        """Take the weights of a head of the same config for another size, interpolated over patches, cells and bins.
 
         Sums over them keep their size; of a spreading map only what it learned since its beginning is interpolated.
         """
@@ -155,10 +159,7 @@ class HeatmapHead(nn.Module):
 
 
 class UpsampleParsingHead(nn.Module):
-    """PATH's parsing head: twice {3x3 convolution, batch norm, ReLU, bilinear x2}, then 1x1: (B, C, 4 rows, 4 columns).
-
-    Source: Tang et al., 2023 (HumanBench). Differs: 128 channels rather than 256, for a student of 192.
-    """
+    """PATH's parsing head: ``Upsampling``, then a 1x1 convolution: (B, C, 4 * rows, 4 * columns)."""
 
     def __init__(self, config: HeadConfig, place: Place) -> None:
         super().__init__()

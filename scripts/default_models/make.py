@@ -108,17 +108,15 @@ class Maker:
 
     def student(self) -> None:
         """Put the heads on the student: at fewer pixels first. The teacher tells the attributes."""
-        taught = {"attributes": self.work / "embedded" / "ccp_train_images"}
-        told = ("--set", f"attribute_teacher={self._newest('teacher')}")
-        self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=taught)
-        self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=taught)
+        task, told = self._taught_attributes()
+        self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=task)
+        self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=task)
 
     def attributes(self) -> None:
         """Have the teacher tell the head for attributes more: few labels, seen for hours, are known by heart."""
-        run = self.work / "attributes"
-        _command("finetune", "--init", self._newest("student"), "--config", HERE / "attributes.yaml", "--out", run,
-                 "--task", f"attributes={self.work / 'embedded' / 'ccp_train_images'}",
-                 "--set", f"attribute_teacher={self._newest('teacher')}", *_resume(run))  # fmt: skip
+        run, (task, told) = self.work / "attributes", self._taught_attributes()
+        _command("finetune", "--init", self._newest("student"), *_tasks(task), "--out", run,
+                 "--config", HERE / "attributes.yaml", *told, *_resume(run))  # fmt: skip
 
     def detector(self) -> None:
         """Train the detector on the student's backbone: at fewer pixels first."""
@@ -221,14 +219,18 @@ class Maker:
         return {"pose": self.data / "lspet", "parsing": self.data / "ccp", "attributes": self.data / "ccp",
                 "reid": self.data / "cuhk01"}  # fmt: skip
 
+    def _taught_attributes(self) -> tuple[dict[str, Path], tuple[str, str]]:
+        """Return the photographs, none of their labels, and the setting by which the teacher tells their attributes."""
+        photographs = self.work / "embedded" / "ccp_train_images"
+        return {"attributes": photographs}, ("--set", f"attribute_teacher={self._newest('teacher')}")
+
     def _crowds(self) -> tuple[dict[str, Path], dict[str, Path]]:
         """Return the folders that detectors are scored on."""
         frames = write_labelled_frames(self.data / "videos", self.work / "vtest")
         return {"detection": self.data / "coco_person"}, {"detection": frames}
 
     def _evaluate(self, model: Path, tasks: dict[str, Path]) -> dict[str, Any]:
-        options = [part for task, folder in tasks.items() for part in ("--task", f"{task}={folder}")]
-        command = [sys.executable, "-m", "dpal_edge", "evaluate", str(model), *options, "--json"]
+        command = [sys.executable, "-m", "dpal_edge", "evaluate", str(model), *_tasks(tasks), "--json"]
         return _without_folders(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
     def _distil(self, name: str, teacher: Path, config: str) -> None:
@@ -242,9 +244,8 @@ class Maker:
         embedder = "person-reidentification-retail-0277"
         teacher = self.omz / embedder / "FP16" / f"{embedder}.xml"
         folders = {**self._people(), "reid": self.work / "embedded", **(folders or {})}
-        tasks = [part for task, folder in folders.items() for part in ("--task", f"{task}={folder}")]
         run = self.work / name
-        _command("finetune", "--init", init, *tasks, "--out", run, "--config", HERE / config,
+        _command("finetune", "--init", init, *_tasks(folders), "--out", run, "--config", HERE / config,
                  "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
 
     def _detect(self, name: str, init: object, config: str, *settings: str) -> None:
@@ -446,6 +447,10 @@ def whiten(model: HumanModel, crops: Sequence[Path], metadata: Mapping[str, Any]
 def _brief(passport: dict[str, Any]) -> dict[str, Any]:
     """Leave out of a passport what is only true where it was made."""
     return {**passport, "spec": Path(str(passport["spec"]).partition("?")[0]).name}
+
+
+def _tasks(folders: Mapping[str, Path]) -> list[str]:
+    return [part for task, folder in folders.items() for part in ("--task", f"{task}={folder}")]
 
 
 def _resume(run: Path) -> tuple[str, ...]:

@@ -19,9 +19,8 @@ FRAMES = ViTConfig(size=(64, 96), width=24, depth=2, heads=2, last_heads=4)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)  # unlike any that code could have by default
 PEOPLE = ("reid", "parsing", "pose", "attributes")
 HEADS = {
-    "pose": HeadConfig(
-        task="pose", kind="simcc", labels=("neck", *layouts.JOINTS), channels=16
-    ),  # one that the data lack
+    # A neck is what the data lack.
+    "pose": HeadConfig(task="pose", kind="simcc", labels=("neck", *layouts.JOINTS), channels=16),
     "parsing": HeadConfig(task="parsing", kind="upsample", labels=layouts.CLASSES, channels=16),
     "attributes": HeadConfig(task="attributes", kind="query", labels=layouts.ATTRIBUTES[::-1]),
     "reid": HeadConfig(task="reid", kind="bnneck", channels=16),

@@ -43,6 +43,14 @@ def test_from_nothing_to_a_checkpoint(folders, tmp_path):
     again = run("--out", out, "--resume", "--steps", 3)
     assert again.exit_code == 0, again.output
     assert "updates    2 to 3 of 4 images" in again.stderr
+    for channels, head in (
+        (128, "simcc head"),
+        (0, "new simcc head (the init's has another kind, other labels or channels)"),
+    ):
+        setting = ("--set", f"pose_channels={channels}")
+        after = run("--init", out, *tasks[:2], "--out", tmp_path / str(channels), "--steps", 1, *SMALL, *setting)
+        assert after.exit_code == 0, after.output
+        assert f"in each update, {head}\n" in after.stderr
 
 
 def test_what_comes_later_wins(folders, tmp_path):
