@@ -99,6 +99,17 @@ def write_masked(folder, name):
     (folder / "train_id.txt").write_text(f"{name}\n")
 
 
+def test_joints_move_to_where_two_others_agree_and_halfway_to_who_confirms_them():
+    correct = runpy.run_path(str(SCRIPTS / "joints.py"))["correct"]
+    labels = np.tile([100.0, 100.0], (5, 1))
+    judged = np.array([[100, 200], [200, 100], [104, 100], [200, 200], [100, 200]], float)
+    peer = np.array([[100, 110], [204, 100], [200, 100], [300, 300], [np.nan, np.nan]], float)
+    places, done = correct(labels, judged, peer, torso=50)
+    assert done.tolist() == ["averaged", "replaced", "kept", "kept", "kept"]
+    assert places.tolist() == [[100, 105], [202, 100], [100, 100], [100, 100], [100, 100]]
+    assert labels.tolist() == [[100, 100]] * 5
+
+
 def test_recoloured_people_keep_their_skin_and_are_cut_out_of_their_background():
     recolour = runpy.run_path(str(SCRIPTS / "pedestrians.py"))["recolour"]
     labels = ("background", "hair", "skin", "upper", "pants")

@@ -4,7 +4,7 @@
 
 Steps: footage, teacher, athletes, distil, student, attributes, detector, pack, compare, score; all by default. Each
 continues where it was interrupted, and what is finished is not done again. Settings lie beside this file; hours on two
-CPU cores.
+CPU cores. ``student`` needs the package ai-edge-litert.
 """
 
 import csv
@@ -50,6 +50,7 @@ VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detec
 RUNS = ("teacher", "distil", "student-small", "student", "attributes", "detector-small", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
 REPEATS = {"coco_person": 40, "footage": 3, "photographs": 1}  # of the 61, 856 and 3,190 frames for the detector
+MOVENET = "movenet_single_pose_lightning_ptq.tflite"
 TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
 WIDE = (192, 336)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
@@ -107,10 +108,17 @@ class Maker:
         self._distil("distil", list_checkpoints(self.work / "teacher")[-1], "distil.yaml")
 
     def student(self) -> None:
-        """Put the heads on the student: at fewer pixels first. The teacher tells the attributes."""
+        """Put the heads on the student: at fewer pixels first, then with joints that it helped to correct.
+
+        The teacher tells the attributes.
+        """
         task, told = self._taught_attributes()
         self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=task)
-        self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=task)
+        joints, peer = self.work / "joints", self.data / "peers" / "pose_models" / MOVENET
+        _python(HERE / "joints.py", "--judge", list_checkpoints(self.work / "student-small")[-1], "--peer", peer,
+                "--joints", self.data / "lspet", "--out", joints)  # fmt: skip
+        folders = {**task, "pose": joints}
+        self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=folders)
 
     def attributes(self) -> None:
         """Have the teacher tell the head for attributes more: few labels, seen for hours, are known by heart."""
