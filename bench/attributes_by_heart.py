@@ -24,9 +24,7 @@ def mean_accuracy(predictor: Predictor, data: Path, split: str) -> float:
     """Return mA, 0..1, on ``split`` of a table of attributes."""
     samples = read_attribute_table(data, split).samples
     logits = [
-        predictor(
-            np.stack([read_crop(sample.image, predictor.size) for sample in samples[i : i + BATCH]]), "attributes"
-        )
+        predictor(np.stack([read_crop(sample, predictor.size) for sample in samples[i : i + BATCH]]), "attributes")
         for i in range(0, len(samples), BATCH)
     ]
     truth = np.stack([sample.target for sample in samples])

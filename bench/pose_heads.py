@@ -67,7 +67,7 @@ HEADS = {  # the class, what decodes it, channels of its upsampling
 def main(init: str, data: Path, people: int, epochs: int) -> None:
     """Train each head and write what it reached."""
     start = open_init(build_config({"init": init, "task": [f"pose={data}"]}))
-    size = crop_size(build_config({"init": init, "task": [f"pose={data}"]}), start.backbone)
+    size = crop_size(build_config({"init": init, "task": [f"pose={data}"]}), start)
     backbone = resize_student(start.backbone, size).eval()
     splits = {name: TASKS["pose"].read(data, name) for name in ("train", "val")}
     parts = {name: replace(split, samples=split.samples[: people if name == "train" else 300])

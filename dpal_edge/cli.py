@@ -157,6 +157,7 @@ def finetune(run: Path, resume: bool, **options: Any) -> None:
     help="Task and its data, of which the evaluation part is enough; may be given several times.",
 )
 @click.option("--flip", is_flag=True, help="Average outputs with those for mirrored images.")
+@click.option("--detected-boxes", is_flag=True, help="Pose also in the boxes of COCO's person_detection_results/.")
 @click.option("--engine", metavar="NAME", help="Engine for a bundle; by default the first installed that reads it.")
 @click.option(
     "--target", metavar="NAME", help="Artifact of a bundle, for example onnx; by default the first that can run here."

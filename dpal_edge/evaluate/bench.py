@@ -30,7 +30,7 @@ def read_person(sample: Sample[Any], size: tuple[int, int]) -> tuple[Pixels, Non
     Raises:
         DataError: it cannot be read.
     """
-    return read_crop(sample.image, size, sample.box), None
+    return read_crop(sample, size), None
 
 
 @dataclass

@@ -12,8 +12,11 @@ from dpal_edge.evaluate.predictor import DETECTION, Choice, Predictor, open_pred
 from dpal_edge.evaluate.result import EvaluationResult, TaskResult, defined
 from dpal_edge.evaluate.scorers import SCORERS
 from dpal_edge.probe.subset import limit_splits
+from dpal_edge.tasks.detected_pose import read_detected_people
 from dpal_edge.tasks.sample import Split
 from dpal_edge.tasks.table import TASKS, parse_tasks
+
+_POSE = "pose"
 
 Splits = dict[str, Split[Any]]
 Advance = Callable[[int], object]  # called with a number of images done
@@ -24,6 +27,7 @@ def evaluate(
     *,
     tasks: Sequence[str],
     flip: bool = False,
+    detected_boxes: bool = False,
     limit: int | None = None,
     batch: int = 32,
     seed: int = 0,
@@ -35,6 +39,7 @@ def evaluate(
     Args:
         tasks: ``NAME=DIR`` each.
         flip: average outputs with those for mirrored images, left and right exchanged.
+        detected_boxes: also find joints in the boxes of a published detector, see ``read_detected_people``.
         limit: images of each split, drawn by ``seed``; None is all. Of query and gallery all images of a few people.
         batch: images at a time.
         progress: given the number of images to look at, opens what is told how many more are done.
@@ -52,7 +57,11 @@ def evaluate(
         raise ConfigError(f"batch {batch}, limit {limit}: expected 1 or more")
     if flip and DETECTION in folders:
         raise ConfigError("--flip averages outputs for people, boxes have no average; evaluate detection without it")
+    if detected_boxes and (_POSE not in folders or limit is not None):
+        raise ConfigError("--detected-boxes are all people of COCO's val: give --task pose=DIR, and no --limit")
     splits = read_splits(folders, limit, seed)
+    if detected_boxes:
+        splits[_POSE]["detected"] = read_detected_people(folders[_POSE])
     predictor = open_predictor(model, Choice(**choice))
     total = sum(len(split.samples) for parts in splits.values() for split in parts.values())
     with progress(total) as advance:

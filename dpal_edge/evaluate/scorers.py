@@ -13,12 +13,13 @@ from dpal_edge.evaluate.bench import Bench
 from dpal_edge.evaluate.uncertainty import Indices, Metrics, draw_groups, standard_errors
 from dpal_edge.tasks.attributes import Flags, attribute_metrics
 from dpal_edge.tasks.decoding import decode_classes, decode_joints, place_in_box, probabilities
+from dpal_edge.tasks.detected_pose import detected_pose_metrics
 from dpal_edge.tasks.detection import People, detection_metrics
 from dpal_edge.tasks.detection_decoding import SAME_PERSON_IOU, decode_people
-from dpal_edge.tasks.image import Pixels, open_image, read_crop
+from dpal_edge.tasks.image import Pixels, open_sample, read_crop
 from dpal_edge.tasks.letterbox import letterbox, to_frame
 from dpal_edge.tasks.parsing import confusion_matrix, parsing_metrics, read_mask
-from dpal_edge.tasks.pose import Pose, pose_metrics
+from dpal_edge.tasks.pose import Joints, Pose, pose_metrics
 from dpal_edge.tasks.reid import Identity, retrieval_metrics
 from dpal_edge.tasks.sample import Sample, Split
 
@@ -38,20 +39,34 @@ class Scores:
 def score_pose(splits: Mapping[str, Split[Pose]], bench: Bench) -> Scores:
     """Find each person's joints in the annotated box; a person's score is the mean confidence of the joints.
 
-    Standard errors are over images, since people in one are alike.
+    Standard errors are over images, since people in one are alike. With a split ``detected`` joints are also found in
+    boxes that a detector found; these metrics have no standard errors.
     """
-    places, scores, samples = [], [], []
-    for sample, raw, _ in bench.outputs(splits["val"]):
-        joints, confidence = decode_joints(raw[None], bench.head.kind, bench.predictor.size)
-        places.append(place_in_box(joints, bench.predictor.size, np.array([sample.box], np.float32))[0])
-        scores.append(confidence.mean())
-        samples.append(sample)
-    found, ranks = np.stack(places), np.array(scores)
+    found, confidence, samples = _find_joints(splits["val"], bench)
+    ranks = confidence.mean(1)
 
     def score(kept: Indices) -> Metrics:
         return pose_metrics(found[kept], ranks[kept], _part(splits["val"], samples, kept))
 
-    return _scores(score, [sample.target.image_id for sample in samples], bench)
+    scores = _scores(score, [sample.target.image_id for sample in samples], bench)
+    if "detected" not in splits:
+        return scores
+    detected: Split[Any] = splits["detected"]
+    found, confidence, samples = _find_joints(detected, bench)
+    metrics = detected_pose_metrics(found, confidence, replace(detected, samples=tuple(samples)), bench.folder)
+    metrics = scores.metrics | {f"{name}_detected": value for name, value in metrics.items()}
+    return replace(scores, metrics=metrics, images={**scores.images, "detected": len(samples)})
+
+
+def _find_joints(split: Split[Any], bench: Bench) -> tuple[Joints, NDArray[np.float32], list[Sample[Any]]]:
+    """Return joints (n, K, 2) in pixels of their images and confidences (n, K) of the samples that can be read."""
+    places, confidences, samples = [], [], []
+    for sample, raw, _ in bench.outputs(split):
+        joints, confidence = decode_joints(raw[None], bench.head.kind, bench.predictor.size)
+        places.append(place_in_box(joints, bench.predictor.size, np.array([sample.box], np.float32))[0])
+        confidences.append(confidence[0])
+        samples.append(sample)
+    return np.stack(places), np.stack(confidences), samples
 
 
 def score_parsing(splits: Mapping[str, Split[Path]], bench: Bench) -> Scores:
@@ -145,10 +160,10 @@ def _part(split: Split[Any], samples: Sequence[Sample[Any]], kept: Indices) -> S
 
 
 def _read_masked(sample: Sample[Path], size: tuple[int, int], classes: Sequence[str]) -> tuple[Pixels, Pixels]:
-    return read_crop(sample.image, size, sample.box), read_mask(sample.target, classes)
+    return read_crop(sample, size), read_mask(sample, classes)
 
 
 def _read_frame(sample: Sample[People], size: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
-    pixels = np.asarray(open_image(sample.image, "RGB"))
+    pixels = np.asarray(open_sample(sample))
     height, width = pixels.shape[:2]
     return letterbox(pixels, size), (height, width)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
 from dpal_edge.files import find_images
-from dpal_edge.tasks.image import open_image, read_crop
+from dpal_edge.tasks.image import open_sample, read_crop
 from dpal_edge.tasks.letterbox import letterbox
 from dpal_edge.tasks.sample import Sample
 from dpal_edge.tasks.table import TASKS, parse_tasks, unlabelled_tasks
@@ -72,11 +72,11 @@ def _find_trained(config: dict[str, Any]) -> list[Sample[Any]]:
 
 
 def _read_person(sample: Sample[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
-    return read_crop(sample.image, size, sample.box)
+    return read_crop(sample, size)
 
 
 def _read_whole(sample: Sample[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
-    return letterbox(np.asarray(open_image(sample.image, "RGB")), size)
+    return letterbox(np.asarray(open_sample(sample)), size)
 
 
 def _read(

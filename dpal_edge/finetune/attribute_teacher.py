@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpal_edge.errors import ModelFileError
-from dpal_edge.models.checkpoint import limits_of
+from dpal_edge.files import sha256_of
+from dpal_edge.models.checkpoint import limits_of, read_newest
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
 
@@ -17,10 +18,10 @@ _TASK = "attributes"
 class AttributeTeacher:
     """A model of this project with a head for attributes. No ``nn.Module``: nothing of it is trained or saved."""
 
-    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...], limits: str = "") -> None:
+    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Most callers want ``open``."""
         self._model, self._mean, self._std = model.requires_grad_(False), mean, std
-        self.limits = limits
+        self.limits, self.hashes = "", dict[str, str]()
         self.labels: tuple[str, ...] = model.configs[_TASK].labels
 
     @classmethod
@@ -30,12 +31,15 @@ class AttributeTeacher:
         Raises:
             ModelFileError: missing, damaged, or without a head for attributes.
         """
-        model, metadata = load_human(path)
+        file = read_newest(path)[0] if path.is_dir() else path
+        model, metadata = load_human(file)
         if _TASK not in model.configs:
             raise ModelFileError(
                 f"attribute_teacher {path}: has heads for {', '.join(model.configs)}, expected one for {_TASK}"
             )
-        return cls(model, tuple(metadata["mean"]), tuple(metadata["std"]), limits_of(metadata))
+        teacher = cls(model, tuple(metadata["mean"]), tuple(metadata["std"]))
+        teacher.limits, teacher.hashes = limits_of(metadata), {file.name: sha256_of(file)}
+        return teacher
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -46,6 +50,6 @@ class AttributeTeacher:
         pixels = images.permute(0, 3, 1, 2)
         size = self._model.backbone.config.size
         if tuple(pixels.shape[2:]) != size:
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+            pixels = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
         seen: Tensor = self._model.to(images.device)(normalize(pixels, self._mean, self._std), (_TASK,))[_TASK]
         return seen.float()

@@ -12,6 +12,7 @@ from dpal_edge.finetune.config import FinetuneConfig, build_config
 from dpal_edge.finetune.presets import PRESETS
 from dpal_edge.finetune.run import Summary, run_finetuning
 from dpal_edge.finetune.watcher import Watcher
+from dpal_edge.tasks.table import TEACHERS
 from dpal_edge.train.config import parse_setting, read_config
 from dpal_edge.train.panel import named
 from dpal_edge.train.setup import read_run_config
@@ -115,6 +116,10 @@ class Lines(Watcher):
         for task, metrics in scores.items():
             self._note(f"update {step}, {task}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
+    def unevaluated(self, step: int, reason: str) -> None:
+        """Say why there are no metrics."""
+        self._note(f"update {step} is not evaluated: {reason}")
+
     def stopping(self) -> None:
         """Say why nothing seems to happen for a moment."""
         self._note("stopping: saving what was learned; once more gives up at once")
@@ -143,7 +148,7 @@ def describe(summary: Summary, run: Path) -> str:
 
 
 def _anchored(fields: dict[str, Any]) -> dict[str, Any]:
-    """Make the paths of data absolute, so that a resumed run finds them from any folder."""
+    """Make the paths of data and models absolute, so that a resumed run finds them from any folder."""
     anchored = dict(fields)
     tasks = fields.get("task", ())
     parts = (text.partition("=") for text in ([tasks] if isinstance(tasks, str) else tasks))
@@ -151,7 +156,8 @@ def _anchored(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("paste", "backgrounds"):
         if fields.get(name):
             anchored[name] = str(Path(fields[name]).resolve())
-    init = str(fields["init"])
-    if Path(init).exists():
-        anchored["init"] = str(Path(init).resolve())
+    for name in ("init", *TEACHERS.values()):
+        file, mark, options = str(fields.get(name) or "").partition("?")
+        if file and Path(file).exists():
+            anchored[name] = f"{Path(file).resolve()}{mark}{options}"
     return anchored

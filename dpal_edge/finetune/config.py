@@ -10,7 +10,8 @@ from dpal_edge.finetune.augment import Augmentation
 from dpal_edge.tasks.table import TASKS, TEACHERS, parse_tasks, unlabelled_tasks
 from dpal_edge.train.config import check_fields, coerce
 
-_POSITIVE = ("steps", "batch", "lr", "log_every", "save_every", "keep", "parsing_channels", "embedding_channels")
+_POSITIVE = ("steps", "batch", "lr", "log_every", "save_every", "keep", "parsing_channels", "embedding_channels",
+             "evaluate_images")  # fmt: skip
 _SHARES = ("warmup", "layer_decay", "ema_decay", "drop_path", "mix", "paste_share", "mosaic")
 _WEIGHTS = {"attributes": 0.1}  # a sum over attributes would drown the others
 _FAR_SHARE = 0.5  # of views that a teacher of embeddings sees, reduced as if the person were far away
@@ -24,7 +25,9 @@ class FinetuneConfig:
     # What is trained on what
     init: str = ""  # checkpoint, run folder, published weights or teacher FILE; random:STUDENT learns from nothing
     task: tuple[str, ...] = ()  # NAME=DIR each
-    size: tuple[int, int] | None = None  # height, width of person crops in pixels; None: the init's own
+    size: tuple[int, int] | None = (
+        None  # height, width of person crops in pixels; None: the init's own, 16x8 patches of others' weights
+    )
     detection_size: tuple[int, int] = (384, 512)  # height, width of whole frames
     pose_head: Literal["simcc", "heatmap"] = "simcc"
     parsing_head: Literal["upsample", "linear"] = "upsample"
@@ -52,7 +55,7 @@ class FinetuneConfig:
     paste_share: float = 0.5  # share of a detector's images that are such crowds
     mosaic: float = 0.0  # share of its other images that join views of several frames
 
-    # Augmentation (finetune/augment.py)
+    # Augmentation of person crops (finetune/augment.py); views of whole frames have their own (finetune/frames.py)
     flip: float = 0.5
     scale: float = 0.25
     rotate: float = 30.0  # of pose and parsing; the others turn by 10 degrees at most
@@ -84,14 +87,15 @@ class FinetuneConfig:
     log_every: int = 20  # updates between lines of metrics.jsonl
     save_every: int = 500  # updates between checkpoints
     keep: int = 2  # newest checkpoints that stay
-    evaluate_every: int | None = None  # updates between evaluations on the tasks' evaluation parts; None: never
+    evaluate_every: int | None = None  # updates between evaluations on the tasks' evaluation parts; None or 0: never
     evaluate_images: int = 200  # of each, at most
     validation_images: int = 64  # of each task, held out to choose between the weights and their running mean
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         check_fields(self, positive=_POSITIVE, shares=_SHARES)
-        for name in ("clip", "weight_decay", "validation_images", "workers", "seed", "freeze_blocks", "pose_channels"):
+        for name in ("clip", "weight_decay", "validation_images", "workers", "seed", "freeze_blocks", "pose_channels",
+                     "evaluate_every"):  # fmt: skip
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         self.augmentation("pose")  # checks its fields

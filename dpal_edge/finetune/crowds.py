@@ -27,7 +27,7 @@ class Crowds:
     """Cut-outs of people and images to put them on; their pixels are read when they are drawn."""
 
     def __init__(self, people: Path, backgrounds: Path | None) -> None:
-        """Look the files up, and read each cut-out once: those that cannot be used are left out, see ``problems``.
+        """Look the files up, and read each once: those that cannot be used are left out, see ``problems``.
 
         Args:
             people: a folder in the layout of LIP, whose training part is taken, all classes but 0 being the person; or
@@ -35,7 +35,7 @@ class Crowds:
             backgrounds: a folder of images without people.
 
         Raises:
-            DataError: a folder is missing or empty, or more than 5 % of the cut-outs cannot be used.
+            DataError: a folder is missing or empty, or more than 5 % of the cut-outs or backgrounds cannot be used.
         """
         found, known = _find_people(people)
         problems, usable = Problems(people, found=list(known)), []
@@ -46,7 +46,10 @@ class Crowds:
             except DataError as error:
                 problems.found.append(str(error))
         self.people, self.problems = tuple(usable), problems.finish(len(usable))
-        self.backgrounds = find_images((str(backgrounds),)).paths if backgrounds else ()
+        self.backgrounds: tuple[Path, ...] = ()
+        if backgrounds:
+            self.backgrounds, bad = _readable(backgrounds)
+            self.problems += bad
 
     def background(self, size: tuple[int, int], rng: np.random.Generator) -> Frame:
         """Return a random part of a random background, without people.
@@ -121,6 +124,18 @@ def _find_people(folder: Path) -> tuple[list[tuple[Path, Path | None]], tuple[st
         split = read_lip(folder, "train")
         return [(sample.image, sample.target) for sample in split.samples], split.problems
     return [(path, None) for path in find_images((str(folder),)).paths], ()
+
+
+def _readable(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return the images of a folder that can be decoded, and what is wrong with the others."""
+    problems, usable = Problems(folder), []
+    for path in find_images((str(folder),)).paths:
+        try:
+            open_image(path)
+            usable.append(path)
+        except DataError as error:
+            problems.found.append(str(error))
+    return tuple(usable), problems.finish(len(usable))
 
 
 def _opacity(path: Path, size: tuple[int, int]) -> Image.Image:

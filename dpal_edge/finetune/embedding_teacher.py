@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpal_edge.errors import BackendUnavailable, ConfigError, ModelFileError
+from dpal_edge.files import sha256_of
 from dpal_edge.runtime.backend import physical_cores
 from dpal_edge.runtime.device import cpu_features
 
@@ -29,8 +30,11 @@ class EmbeddingTeacher:
     Model Zoo's person-reidentification-retail-0277 on a CPU with avx512_bf16.
     """
 
-    def __init__(self, model: Any, *, bgr: bool, name: str, precision: str) -> None:
+    def __init__(self, model: Any, *, bgr: bool, path: Path, precision: str) -> None:
         """Most callers want ``open``."""
+        name = str(path)
+        files = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+        self.hashes = {file.name: sha256_of(file) for file in files if file.is_file()}
         if len(model.inputs) != 1:
             raise ModelFileError(f"{name}: {len(model.inputs)} inputs, expected one of crops (B, 3, H, W)")
         shape = [side.get_length() if side.is_static else None for side in model.inputs[0].partial_shape]
@@ -46,7 +50,7 @@ class EmbeddingTeacher:
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         settings["INFERENCE_NUM_THREADS"] = physical_cores()
         self._run = openvino.Core().compile_model(model, "CPU", settings)
-        self._bgr, self._name, self._step = bgr, name, shape[0] or _BATCH
+        self._bgr, self._name, self._step, self._fixed = bgr, name, shape[0] or _BATCH, shape[0] is not None
         seen = self(np.zeros((self._step, *self.size, 3), np.uint8))
         self.channels = seen.embeddings.shape[1]
         self.map_channels = 0 if seen.maps is None else seen.maps.shape[1]
@@ -75,7 +79,7 @@ class EmbeddingTeacher:
         except RuntimeError as error:
             raise ModelFileError(f"{file}: OpenVINO cannot read it ({' '.join(str(error).split())})") from error
         precision = precision or ("bf16" if cpu_features().fast_bf16 else "f32")
-        return cls(model, bgr=options.get("color") == "bgr", name=file, precision=precision)
+        return cls(model, bgr=options.get("color") == "bgr", path=Path(file), precision=precision)
 
     def __call__(self, crops: NDArray[np.uint8]) -> Seen:
         """Look at RGB crops (B, H, W, 3) of any size."""
@@ -88,11 +92,14 @@ class EmbeddingTeacher:
         return Seen(np.concatenate([part.embeddings for part in parts]), maps)
 
     def _look(self, pixels: NDArray[np.float32]) -> Seen:
-        outputs = [np.array(value, np.float32) for value in self._run([np.ascontiguousarray(pixels)]).values()]
-        if outputs[0].size % len(pixels):
+        count, taken = len(pixels), np.ascontiguousarray(pixels)
+        if self._fixed and count < self._step:
+            taken = np.concatenate([taken, np.zeros((self._step - count, *taken.shape[1:]), np.float32)])
+        outputs = [np.array(value, np.float32) for value in self._run([taken]).values()]
+        if outputs[0].size % len(taken):
             shape = outputs[0].shape
             raise ModelFileError(f"{self._name}: an output of shape {shape}, expected one embedding per crop")
-        return Seen(outputs[0].reshape(len(pixels), -1), outputs[1] if len(outputs) > 1 else None)
+        return Seen(outputs[0].reshape(len(taken), -1)[:count], outputs[1][:count] if len(outputs) > 1 else None)
 
 
 def _last_map(model: Any, size: tuple[int, int]) -> Any:

@@ -63,12 +63,14 @@ def parameter_groups(model: HumanModel, objectives: nn.Module, config: FinetuneC
     """Group what trains by learning-rate factor and weight decay.
 
     The factor is 1 for heads and ``layer_decay`` to the power of the blocks above for the backbone, the embedding
-    counting as one more block. Tensors of one axis, tokens and positions are not decayed.
+    counting as one more block; what merges the patches of a stage of a Swin counts to its last block. Tensors of one
+    axis, tokens and positions are not decayed.
 
     Source: BEiT (Bao et al., 2022).
     """
     depth = model.backbone.config.depth
     blocks = [name for name, module in model.backbone.named_modules() if name.rpartition(".")[0].endswith("blocks")]
+    last = {block.rpartition(".blocks.")[0]: i for i, block in enumerate(blocks)}  # of each stage
     groups: dict[tuple[float, float], list[Tensor]] = {}
     named = [*model.named_parameters(), *objectives.named_parameters()]
     for name, parameter in named:
@@ -78,6 +80,7 @@ def parameter_groups(model: HumanModel, objectives: nn.Module, config: FinetuneC
         if name.startswith("backbone."):
             inside = name.removeprefix("backbone.")
             place = next((i for i, block in enumerate(blocks) if inside.startswith(f"{block}.")), None)
+            place = last.get(inside.partition(".downsample.")[0]) if place is None else place
             above = 0 if inside.startswith("norm.") else depth - (-1 if place is None else place)
         spared = parameter.ndim == 1 or name.rpartition(".")[2] in _UNDECAYED
         key = (config.layer_decay**above, 0.0 if spared else config.weight_decay)

@@ -1,6 +1,6 @@
 """What a task is to training: examples of fixed shape, and a loss on the tokens of one shared backbone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ class Objective(Protocol):
     head: HeadConfig
     size: tuple[int, int]  # height, width of its images
     limits: str  # of what teaches it, which pass on to what is trained; empty: none known
+    taught_by: Mapping[str, str]  # the hash of each file of its teacher, by name; empty: it has none
     problems: tuple[str, ...]  # bad annotations that reading left out
 
     def __len__(self) -> int:

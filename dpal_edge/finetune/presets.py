@@ -22,7 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "market1501": {**_REID_256, "lr": 8e-3, "layer_decay": 0.4, "drop_path": 0.1, "steps": 20_200, "warmup": 0.05},
     "msmt17": {**_REID_256, "lr": 8e-3, "layer_decay": 0.4, "drop_path": 0.1, "steps": 51_000, "warmup": 0.05},
     "cuhk03": {**_REID_256, "lr": 8e-3, "layer_decay": 0.4, "drop_path": 0.1, "steps": 11_500, "warmup": 0.05},
-    # ViTPose-S (Xu et al., 2022): 210 epochs; it steps the rate at 170 and 200, here a cosine. No half-body views.
+    # ViTPose-S (Xu et al., 2022): 210 epochs; it steps the rate at 170 and 200, here a cosine. No half-body views. It
+    # pads boxes by a quarter and keeps proportions; crops here are the box itself, stretched, as other heads see them.
     "coco": {**_VITPOSE, "steps": 61_500, "warmup": 0.008},
     "aic": {**_VITPOSE, "steps": 155_000, "warmup": 0.003},
     "mpii": {**_VITPOSE, "size": [256, 256], "steps": 9_100, "warmup": 0.055},

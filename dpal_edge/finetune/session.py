@@ -19,7 +19,15 @@ from dpal_edge.finetune.config import FinetuneConfig
 from dpal_edge.finetune.data import TaskBatch, read_example, stack
 from dpal_edge.finetune.loop import State, build_state, validate
 from dpal_edge.finetune.objective import Objective
-from dpal_edge.finetune.setup import build_model, check_examples, crop_size, digest, open_init, open_objectives
+from dpal_edge.finetune.setup import (
+    build_model,
+    check_counts,
+    check_examples,
+    crop_size,
+    digest,
+    open_init,
+    open_objectives,
+)
 from dpal_edge.finetune.watcher import Watcher
 from dpal_edge.models.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, write_checkpoint
 from dpal_edge.models.students import config_to_dict
@@ -44,10 +52,11 @@ class Session:
         torch.manual_seed(config.seed)  # of weights that only training needs
         start = open_init(config)
         self.facts = start.facts
-        size = crop_size(config, start.backbone)
+        size = crop_size(config, start)
         self.objectives, held = open_objectives(config, size, start.backbone.config.width)
         check_examples(list(self.objectives.values()))
         self.counts = config.counts({task: len(objective) for task, objective in self.objectives.items()})
+        check_counts(self.objectives, self.counts)
         self.digest = digest(self.objectives)
         earlier = saved.metadata["written"]["precision"] if saved else None
         device, precision = choose_device(config, World(), earlier=earlier)
@@ -74,6 +83,12 @@ class Session:
         """Put the state back to where ``saved`` was written."""
         if saved.metadata["images"]["sha256"] != self.digest:
             raise ModelFileError(f"{self.folder}: the images have changed since the run began; put them back")
+        taught_by, now = saved.metadata.get("taught_by"), self._taught_by()
+        if taught_by is not None and taught_by != now:
+            raise ModelFileError(
+                f"{self.folder}: the teacher has changed since the run began, {taught_by} then, {now} now; name that "
+                f"file again"
+            )
         state = self.state
         model = {name: value for name, value in saved.tensors.items() if name.startswith(("backbone.", "heads."))}
         state.model.load_state_dict(model)
@@ -84,6 +99,8 @@ class Session:
         if state.scaler.is_enabled() and saved.metadata["scaler"]:
             state.scaler.load_state_dict(saved.metadata["scaler"])
         state.step, self.losses = saved.metadata["step"], saved.metadata["validation"]
+        earlier = {line["file"]: line["reason"] for line in read_lines(self.folder / "skipped.jsonl")}
+        self.skipped.update(earlier | self.skipped)
 
     def write_start(self) -> None:
         """Write what is known before the first update; drop numbers of updates that a crash undid."""
@@ -143,6 +160,7 @@ class Session:
         return {
             **{name: text for name, text in inherited.items() if text},
             "teachers": self.facts.get("teachers", []),
+            "taught_by": self._taught_by(),
             "origin": self.facts.get("origin"),
             "images": {"count": sum(map(len, self.objectives.values())), "sha256": self.digest},
             "student": self.name,
@@ -165,13 +183,24 @@ class Session:
             },
         }
 
+    def _taught_by(self) -> dict[str, dict[str, str]]:
+        """Return, of the tasks that a teacher answers for, the hashes of the teacher's files by name."""
+        return {task: dict(one.taught_by) for task, one in self.objectives.items() if one.taught_by}
+
     def evaluate(self) -> None:
-        """Score the better weights on the evaluation parts of the labelled tasks; write ``scores.jsonl``."""
+        """Score the better weights on the evaluation parts of the labelled tasks; write ``scores.jsonl``.
+
+        Where the data do not allow it the watcher is told, and the run goes on.
+        """
         state, config = self.state, self.config
         model = state.model if self._best() == "backbone" else state.ema
-        self.scores = evaluate_model(
-            model, self.folders, mean=state.mean, std=state.std, device=state.device, limit=config.evaluate_images
-        )
+        try:
+            self.scores = evaluate_model(
+                model, self.folders, mean=state.mean, std=state.std, device=state.device, limit=config.evaluate_images
+            )
+        except DataError as error:  # so few images may leave a metric undefined, which is no reason to stop training
+            self.watcher.unevaluated(state.step, str(error))
+            return
         append_lines(self.folder / "scores.jsonl", [{"step": state.step, **self.scores}])
         self.watcher.evaluated(state.step, self.scores)
 

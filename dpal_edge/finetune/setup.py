@@ -202,21 +202,36 @@ def _freeze(model: HumanModel, config: FinetuneConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def crop_size(config: FinetuneConfig, backbone: Student) -> tuple[int, int]:
-    """Return height and width of person crops: as set, the students' own, or 16x8 patches of another ViT."""
-    patch = backbone.config.patch_size
+def crop_size(config: FinetuneConfig, start: Start) -> tuple[int, int]:
+    """Return height and width of person crops: as set, the init's own, or 16x8 patches of what never saw any."""
+    patch = start.backbone.config.patch_size
     if config.size is not None:
         if any(side <= 0 or side % patch for side in config.size):
             raise ConfigError(f"size is {config.size}, expected positive multiples of the patch size {patch}")
         return config.size
-    own = backbone.config.size
-    return own if own[0] == 2 * own[1] else (_GRID[0] * patch, _GRID[1] * patch)
+    detector = set(start.facts.get("heads") or ()) == {"detection"}
+    foreign = "student" not in start.facts
+    return (_GRID[0] * patch, _GRID[1] * patch) if detector or foreign else start.backbone.config.size
 
 
 def digest(objectives: Mapping[str, Objective]) -> str:
     """Return a hash of the files to train on, in order."""
     files = (str(objective.file(i)) for objective in objectives.values() for i in range(len(objective)))
     return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+def check_counts(objectives: Mapping[str, Objective], counts: Mapping[str, int]) -> None:
+    """Refuse a head with batch norm over people that would see one person per update.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for task, objective in objectives.items():
+        if objective.head.kind == "linear" and task == "attributes" and counts[task] < 2:
+            raise ConfigError(
+                f"{task} gets 1 image of each update, and its linear head normalises over several: raise batch, or its "
+                f"share"
+            )
 
 
 def check_examples(objectives: Sequence[Objective]) -> None:

@@ -19,5 +19,8 @@ class Watcher:
     def evaluated(self, step: int, scores: dict[str, dict[str, float]]) -> None:
         """Receive metrics by task."""
 
+    def unevaluated(self, step: int, reason: str) -> None:
+        """Hear why there are no metrics of this update."""
+
     def stopping(self) -> None:
         """Hear that a signal came; what follows is saving."""

@@ -97,7 +97,7 @@ def read_batches(
     """
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        yield part, np.stack([read_crop(sample.image, size, sample.box) for sample in part])
+        yield part, np.stack([read_crop(sample, size) for sample in part])
 
 
 def check_finite(features: Features, name: str) -> Features:

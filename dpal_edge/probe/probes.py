@@ -106,9 +106,7 @@ def probe_parsing(splits: Mapping[str, Split[Path]], bench: Bench) -> Scores:
 
     def pairs(samples: Samples, features: Features) -> tuple[Rows, Rows]:
         tokens = _patches(features)
-        shares = np.stack(
-            [class_shares(read_mask(s.target, classes), tokens.shape[1:3], len(classes)) for s in samples]
-        )
+        shares = np.stack([class_shares(read_mask(s, classes), tokens.shape[1:3], len(classes)) for s in samples])
         known = shares.any(-1)
         return tokens[known], shares[known]
 
@@ -116,7 +114,7 @@ def probe_parsing(splits: Mapping[str, Split[Path]], bench: Bench) -> Scores:
     confusion = np.zeros((len(classes),) * 2, np.int64)
     for samples, features in bench.features(splits["val"].samples):
         for sample, tokens in zip(samples, _patches(features), strict=True):
-            truth = read_mask(sample.target, classes)
+            truth = read_mask(sample, classes)
             predicted = resize_map(linear(tokens).astype(np.float32), truth.shape).argmax(-1)
             confusion += confusion_matrix(predicted, truth, len(classes))
     return Scores(parsing_metrics(confusion), linear.penalty)

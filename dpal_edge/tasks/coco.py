@@ -35,6 +35,11 @@ class CocoImage:
     there: bool  # whether the file exists
     record: Record  # as it stands in the file, with what a data set adds
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Its height and width."""
+        return round(self.height), round(self.width)
+
 
 def find_coco(folder: Path, split: str, kind: str, expected: str) -> tuple[Path, Path]:
     """Return where the annotations ``annotations/KIND_SPLIT.json`` and the images ``SPLIT/`` of a split are.

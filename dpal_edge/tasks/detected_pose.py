@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dpal_edge.errors import DataError
 from dpal_edge.tasks.coco import CocoFile, clip_box, entries, find_coco, index_images, noted, read_coco, read_json
 from dpal_edge.tasks.oks import oks_precision, oks_sigmas, rescore, suppress_poses
-from dpal_edge.tasks.pose import COCO_KEYPOINTS, Joints, person_category, triples
+from dpal_edge.tasks.pose import COCO_KEYPOINTS, HALF, Joints, person_categories, triples
 from dpal_edge.tasks.sample import Problems, Sample, Split
 
 _BOXES = "person_detection_results/COCO_val2017_detections_AP_H_56_person.json"
@@ -43,7 +43,8 @@ def read_detected_people(folder: Path) -> Split[Detection]:
         raise DataError(f"{path}: not a list; expected {expected}")
     truth, parent = find_coco(folder, "val", "person_keypoints", _TRUTH)
     bad_images, problems = Problems(truth), Problems(path)
-    images = index_images(read_coco(truth, _TRUTH), parent.joinpath, bad_images)
+    file = read_coco(truth, _TRUTH)
+    images = index_images(file, parent.joinpath, bad_images)
     samples = []
     for where, record in entries("box", records):
         with noted(problems, where, "image_id, category_id, bbox and score"):
@@ -53,9 +54,11 @@ def read_detected_people(folder: Path) -> Split[Detection]:
             box = clip_box([float(value) for value in record["bbox"]], image.width, image.height)
             if not image.there:
                 raise DataError(f"no image {image.path}; expected the images of {truth.name} there")
-            samples.append(Sample(image.path, Detection(int(record["image_id"]), float(record["score"])), box))
+            samples.append(
+                Sample(image.path, Detection(int(record["image_id"]), float(record["score"])), box, image.size)
+            )
     found = bad_images.finish(len(images)) + problems.finish(len(samples))
-    return Split(tuple(samples), protocol="coco", problems=found)
+    return Split(tuple(samples), person_categories(file.categories, named=True)[1], "coco", found)
 
 
 def detected_pose_metrics(
@@ -79,8 +82,8 @@ def detected_pose_metrics(
         BackendUnavailable: the library that computes OKS AP is not installed.
     """
     file = read_coco(find_coco(folder, "val", "person_keypoints", _TRUTH)[0], _TRUTH)
-    category, names = person_category(file.categories, named=True)
-    if category is None:
+    people, names = person_categories(file.categories, named=True)
+    if not people:
         raise DataError(f"{file.path}: not keypoint annotations, no category names its keypoints; expected {_TRUTH}")
     sigmas = oks_sigmas(names)
     scores = rescore(np.array([sample.target.score for sample in split.samples]), confidence)
@@ -94,24 +97,24 @@ def detected_pose_metrics(
         results += [
             {
                 "image_id": int(image),
-                "category_id": category,
-                "keypoints": triples(predicted[i], 1),
+                "category_id": 1,
+                "keypoints": triples(predicted[i] - HALF, 1),
                 "score": float(scores[i]),
             }
             for i in kept
         ]
-    found = oks_precision(_document(file, category), results, sigmas)
+    found = oks_precision(_document(file, people), results, sigmas)
     return {f"OKS_{name}": value for name, value in found.items()}
 
 
-def _document(file: CocoFile, category: int) -> dict[str, Any]:
-    """Return what scoring needs of a file in COCO's format."""
+def _document(file: CocoFile, people: frozenset[int]) -> dict[str, Any]:
+    """Return what scoring needs of a file in COCO's format, its people of one category, 1."""
     return {
         "images": [{"id": record["id"]} for record in file.images],
-        "categories": [{"id": category, "name": "person"}],
+        "categories": [{"id": 1, "name": "person"}],
         "annotations": [
-            {name: record[name] for name in _FIELDS if name in record}
+            {name: record[name] for name in _FIELDS if name in record} | {"category_id": 1}
             for record in file.annotations
-            if record["category_id"] == category
+            if record["category_id"] in people
         ],
     }

@@ -72,7 +72,9 @@ def _read_coco(folder: Path, split: str) -> Split[People]:
             box = clip_box(_numbers(record["bbox"]), image.width, image.height)
             if image.there:
                 people[int(record["image_id"])].append((box, bool(record.get("iscrowd") or record.get("ignore")), box))
-    samples = tuple(Sample(images[number].path, _gather(found)) for number, found in people.items())
+    samples = tuple(
+        Sample(images[number].path, _gather(found), size=images[number].size) for number, found in people.items()
+    )
     return _finish(path, samples, "coco", bad_frames, bad_boxes)
 
 
@@ -126,7 +128,7 @@ def _read_citypersons(folder: Path, split: str) -> Split[People]:
             for place, box in enumerate(document["objects"], start=1):
                 with noted(bad_boxes, f"{where}, object {place}", "label, bbox and bboxVis"):
                     people.append(_read_city_box(box, size))
-            samples.append(Sample(image, _gather(people)))
+            samples.append(Sample(image, _gather(people), size=size))
     return _finish(root, tuple(samples), "citypersons", bad_frames, bad_boxes)
 
 

@@ -7,34 +7,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import BackendUnavailable, DataError
-from dpal_edge.tasks.sample import Box
+from dpal_edge.tasks.sample import Sample
 
 Pixels = NDArray[np.uint8]
 
+_ORIENTATION = 0x0112  # EXIF's tag
+# What undoes each orientation, by Pillow's names.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
-def read_crop(path: Path, size: tuple[int, int], box: Box | None = None) -> Pixels:
-    """Read ``box`` of an image, resized (bicubic) to ``size``, aspect ratio not kept.
+
+def read_crop(sample: Sample[Any], size: tuple[int, int]) -> Pixels:
+    """Read the part of an image that a sample means, resized (bicubic) to ``size``, aspect ratio not kept.
 
     Args:
         size: height, width of the crop.
-        box: left, top, right, bottom in pixels; None is the whole image.
 
     Returns:
         (height, width, 3) RGB.
 
     Raises:
-        DataError: missing, not an image, or the box reaches beyond it.
+        DataError: as ``open_sample``.
         BackendUnavailable: Pillow is not installed.
     """
-    image = open_image(path, "RGB")
-    left, top, right, bottom = box or (0, 0, *image.size)
+    image = open_sample(sample)
+    height, width = size
+    return np.asarray(image.resize((width, height), _pillow().Resampling.BICUBIC, box=sample.box))
+
+
+def open_sample(sample: Sample[Any]) -> Any:
+    """Decode the whole image of a sample, RGB, upright.
+
+    Raises:
+        DataError: missing, not an image, of another size than its annotations say, or its box reaches beyond it.
+        BackendUnavailable: Pillow is not installed.
+    """
+    image = open_image(sample.image, "RGB")
+    if sample.size is not None and sample.size != (image.height, image.width):
+        height, width = sample.size
+        raise DataError(
+            f"{sample.image}: {image.width}x{image.height} pixels, upright, but annotated as {width}x{height}; does "
+            f"the annotation belong to this file?"
+        )
+    left, top, right, bottom = sample.box or (0, 0, *image.size)
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise DataError(
-            f"{path}: the box {box} (left, top, right, bottom) is not inside {image.width}x{image.height} pixels; "
-            f"does the annotation belong to this file?"
+            f"{sample.image}: the box {sample.box} (left, top, right, bottom) is not inside "
+            f"{image.width}x{image.height} pixels; does the annotation belong to this file?"
         )
-    height, width = size
-    return np.asarray(image.resize((width, height), _pillow().Resampling.BICUBIC, box=(left, top, right, bottom)))
+    return image
 
 
 def read_ids(path: Path) -> Pixels:
@@ -51,15 +79,37 @@ def read_ids(path: Path) -> Pixels:
 
 
 def open_image(path: Path, mode: str | None = None) -> Any:
-    """Decode an image, converted to ``mode``."""
+    """Decode an image, converted to ``mode``, and turn it upright.
+
+    Raises:
+        DataError: missing, or not an image.
+        BackendUnavailable: Pillow is not installed.
+    """
     pillow = _pillow()
+    unreadable = (OSError, pillow.DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError)
     try:
         with pillow.open(path) as image:
             image.load()
-            return image.convert(mode) if mode else image
-    except (OSError, pillow.DecompressionBombError, SyntaxError, ValueError) as error:  # Pillow's, on damaged files
+            return upright(image, mode)
+    except unreadable as error:  # Pillow's, on damaged files
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or leave it out") from error
+
+
+def upright(image: Any, mode: str | None = None) -> Any:
+    """Return a Pillow image in ``mode``, turned as the orientation in its EXIF data asks for.
+
+    Not ``ImageOps.exif_transpose``, which writes the other EXIF fields anew and fails on damaged ones.
+    """
+    turn = _TURNS.get(orientation(image))
+    converted = image.convert(mode) if mode else image
+    return converted if turn is None else converted.transpose(getattr(_pillow().Transpose, turn))
+
+
+def orientation(image: Any) -> int:
+    """Return the orientation, 1 to 8, that EXIF data give to a Pillow image; from 5 on its sides are exchanged."""
+    found = image.getexif().get(_ORIENTATION)
+    return found if isinstance(found, int) else 1
 
 
 def _pillow() -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dpal_edge.errors import BackendUnavailable, DataError
+from dpal_edge.tasks.image import orientation
 
 
 class ImageFiles:
@@ -19,7 +20,7 @@ class ImageFiles:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Return the height and width of an image in pixels, from its header.
+    """Return the height and width of an image in pixels, upright, from its header.
 
     Raises:
         DataError: it cannot be read as an image.
@@ -31,6 +32,7 @@ def read_size(path: Path) -> tuple[int, int]:
         raise BackendUnavailable("reading images needs Pillow: pip install 'dpal-edge[evaluate]'") from error
     try:
         with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            turned = orientation(image) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as an image") from error

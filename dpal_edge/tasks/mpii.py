@@ -10,7 +10,7 @@ from dpal_edge.errors import DataError
 from dpal_edge.tasks.coco import Record, clip_box, entries, noted, read_json, reason
 from dpal_edge.tasks.image_files import ImageFiles, read_size
 from dpal_edge.tasks.matlab import read_mat
-from dpal_edge.tasks.pose import BOX_AREA, Pose
+from dpal_edge.tasks.pose import BOX_AREA, HALF, Pose
 from dpal_edge.tasks.sample import Problems, Sample, Split, require
 
 MPII_JOINTS = (
@@ -106,7 +106,7 @@ def _read_person(number: int, record: Record, images: _Images, head: float) -> S
     Raises:
         DataError: a value means nothing. Others: it is not of the format.
     """
-    joints = np.array(record["joints"], np.float32).reshape(len(MPII_JOINTS), 2) - 1
+    joints = np.array(record["joints"], np.float32).reshape(len(MPII_JOINTS), 2) - 1 + HALF
     labelled = np.array(record["joints_vis"], float).reshape(len(MPII_JOINTS)) > 0
     scale, (x, y) = float(record["scale"]), (float(value) for value in record["center"])
     if "headbox" in record:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from dpal_edge.errors import DataError
 from dpal_edge.files import IMAGE_SUFFIXES
 from dpal_edge.tasks.image import Pixels, read_ids
+from dpal_edge.tasks.image_files import read_size
 from dpal_edge.tasks.sample import Problems, Sample, Split, read_rows, read_text, require
 
 IGNORE = 255  # pixels that nobody labelled
@@ -60,13 +61,19 @@ def pair_masks(
     return tuple(samples.values()), problems.finish(len(samples))
 
 
-def read_mask(path: Path, classes: Sequence[str]) -> Pixels:
-    """Read class ids (H, W) of 0 to ``len(classes) - 1``, and IGNORE.
+def read_mask(sample: Sample[Path], classes: Sequence[str]) -> Pixels:
+    """Read class ids (H, W) of 0 to ``len(classes) - 1``, and IGNORE, of each pixel of a sample's image.
 
     Raises:
-        DataError: not a mask, or another id in it.
+        DataError: not a mask, of another size than the image, or another id in it.
     """
-    mask = read_ids(path)
+    path = sample.target
+    mask, size = read_ids(path), read_size(sample.image)
+    if mask.shape != size:
+        raise DataError(
+            f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels, expected {size[1]}x{size[0]} as its image has; are these "
+            f"the masks of these images?"
+        )
     unknown = np.unique(mask[(mask >= len(classes)) & (mask != IGNORE)])
     if len(unknown):
         raise DataError(

@@ -1,6 +1,7 @@
 """Body pose: people in COCO's json, PCK of the torso and of the head, and precision by object keypoint similarity."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
-from dpal_edge.tasks.coco import CocoImage, Record, clip_box, entries, find_coco, index_images, noted, read_coco
+from dpal_edge.tasks.coco import (
+    CocoFile,
+    CocoImage,
+    Record,
+    clip_box,
+    entries,
+    find_coco,
+    index_images,
+    noted,
+    read_coco,
+)
 from dpal_edge.tasks.oks import oks_precision, oks_sigmas
 from dpal_edge.tasks.sample import Problems, Sample, Split
 
-Joints = NDArray[np.float32]  # (..., K, 2): x, y in pixels of the image
+Joints = NDArray[np.float32]  # (..., K, 2): x, y in pixels of the image, whose first pixel is from 0 to 1
+HALF = 0.5  # data sets number the pixel that a joint is in; its middle is that much further on
 BOX_AREA = 0.53  # of a person, as a share of the box, where the area is not known or a benchmark does not use it
 COCO_KEYPOINTS = "annotations/person_keypoints_{split}[2017].json and the images in {split}[2017]/"
 _TORSO = ("left_shoulder", "right_hip")
@@ -76,23 +88,23 @@ def read_people(
         DataError: missing, not of this format, without people, or too many annotations are bad.
     """
     file = read_coco(path, expected)
-    category, named = person_category(file.categories, named=not names)
-    if category is None:
+    people, named = person_categories(file.categories, named=not names)
+    if not people:
         raise DataError(f"{path}: not keypoint annotations, no category names its keypoints; expected {expected}")
-    names = tuple(names) or named
+    own, names = not names, tuple(names) or named
     problems, samples = Problems(path), dict[int, Sample[Pose]]()
     images = index_images(file, locate, problems)
     wanted = f"id, bbox, {len(names)} times x, y and visibility, and the id of an image"
     for where, record in entries("annotation", file.annotations):
         with noted(problems, where, wanted), np.errstate(over="ignore"):
-            if record.get("iscrowd") or record["category_id"] != category:
+            if record.get("iscrowd") or record["category_id"] not in people:
                 continue
             sample = _read_person(record, len(names), images, use_area)
             if sample.target.id in samples:
                 raise DataError("another has the same id; expected one per person")
             if sample.target.labelled.any():
                 samples[sample.target.id] = sample
-    found = problems.finish(len(samples))
+    found = problems.finish(len(samples)) + (_left_out(file, people) if own else ())
     if not samples:
         raise DataError(f"{path}: no person with a labelled joint; expected {expected}")
     return Split(tuple(samples.values()), names, protocol, found)
@@ -205,13 +217,33 @@ def triples(joints: NDArray[np.floating], visibility: Any) -> list[float]:
     return flat
 
 
-def person_category(categories: list[Any], *, named: bool) -> tuple[int | None, tuple[str, ...]]:
-    """Return id and joints of the first category that is a person: that names its keypoints, where it must."""
+def person_categories(categories: list[Any], *, named: bool) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return the ids and joints of the categories of people: ``person`` or else the first, and all of the same joints.
+
+    Args:
+        named: whether a category has to name its keypoints.
+    """
+    found = []
     for category in (c for c in categories if isinstance(c, dict) and "id" in c):
-        names = category.get("keypoints")
-        if (isinstance(names, list) and names) or (not named and category.get("name") == "person"):
-            return category["id"], tuple(str(name) for name in names or ())
-    return None, ()
+        names, person = category.get("keypoints"), category.get("name") == "person"
+        if (isinstance(names, list) and names) or (not named and person):
+            found.append((not person, category["id"], tuple(str(name) for name in names or ())))
+    if not found:
+        return frozenset(), ()
+    joints = min(found, key=lambda one: one[0])[2]
+    return frozenset(number for _, number, names in found if names == joints), joints
+
+
+def _left_out(file: CocoFile, people: frozenset[int]) -> tuple[str, ...]:
+    """Name categories with keypoints of their own that are not read, and how many annotations they have."""
+    counts = Counter(record.get("category_id") for record in file.annotations if isinstance(record, dict))
+    return tuple(
+        f"{file.path}: category {category.get('name')!r} has other keypoints than the one that is read; its "
+        f"{counts[category['id']]} annotations are left out"
+        for category in file.categories
+        if isinstance(category, dict) and category.get("keypoints") and category.get("id") not in people
+        if counts[category.get("id")]
+    )
 
 
 def _read_person(record: Record, joints: int, images: dict[int, CocoImage], use_area: bool) -> Sample[Pose]:
@@ -233,8 +265,8 @@ def _read_person(record: Record, joints: int, images: dict[int, CocoImage], use_
     if not image.there:
         raise DataError(f"no image {image.path}; expected the images of the file there")
     crowd = float(image.record.get("crowdIndex", math.nan))
-    pose = Pose(int(record["id"]), int(record["image_id"]), rows[:, :2], rows[:, 2] > 0, area, crowd)
-    return Sample(image.path, pose, clipped)
+    pose = Pose(int(record["id"]), int(record["image_id"]), rows[:, :2] + HALF, rows[:, 2] > 0, area, crowd)
+    return Sample(image.path, pose, clipped, image.size)
 
 
 def _have_deviations(names: Sequence[str]) -> bool:

@@ -19,6 +19,7 @@ class Sample(Generic[Target]):
     image: Path
     target: Target
     box: Box | None = None  # None is the whole image
+    size: tuple[int, int] | None = None  # height, width of the image as its annotations have it, where they do
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dpal_edge.errors import ConfigError, DataError
+from dpal_edge.tasks.image import upright
 from dpal_edge.train import views
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.sources import ImageSource, open_source
@@ -32,16 +33,6 @@ _PASTED = 2  # people in a crowd
 # What Pillow raises on damaged files, besides errors of the file system: of TIFFs also TypeError, where a field has
 # another type than is expected, and OverflowError, where it holds a number too large.
 _UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError, DataError)
-# What undoes each EXIF orientation.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _TRIES = 20  # images tried in place of an unreadable one before giving up
 _SPLIT, _VIEWS, _ORDER, _PAIRS = 1, 2, 3, 4  # streams of the seed
 _BASE, _LOCAL, _CROWD, _MASK = range(4)  # streams of an image: what one view draws does not depend on the others
@@ -342,10 +333,8 @@ def _decoded(blob: bytes | DataError) -> Image.Image:
         raise blob
     with Image.open(BytesIO(blob)) as image:
         image.draft("RGB", (1024, 1024))  # large JPEGs decode several times faster at a reduced scale
-        # Not ImageOps.exif_transpose, which writes the other EXIF fields anew and fails on damaged ones.
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        decoded: Image.Image = image.convert("RGB")
-        return decoded if turn is None else decoded.transpose(turn)
+        decoded: Image.Image = upright(image, "RGB")
+        return decoded
 
 
 @lru_cache(maxsize=4)

@@ -21,6 +21,7 @@ from dpal_edge.files import write_text
 from dpal_edge.models.human import load_human
 from dpal_edge.models.vit import normalize
 from dpal_edge.tasks.image import read_crop
+from dpal_edge.tasks.sample import Sample
 
 _LEAST_JOINTS = 12  # of 14: with fewer nobody knows how far the person reaches
 _NEAR = 0.03  # of the image's longer side: how far a joint may lie outside the mask
@@ -80,7 +81,7 @@ def main(teacher: Path, joints: Path, out: Path) -> None:
     found, names = list(read_joints(joints).items()), []
     for start in range(0, len(found), _BATCH):
         part = found[start : start + _BATCH]
-        crops = np.stack([read_crop(path, model.backbone.config.size) for path, _ in part])
+        crops = np.stack([read_crop(Sample(path, None), model.backbone.config.size) for path, _ in part])
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
         seen = model(normalize(pixels, metadata["mean"], metadata["std"]), ("parsing",))["parsing"].softmax(1)
         for (path, points), shares in zip(part, seen, strict=True):

@@ -26,7 +26,8 @@ from dpal_edge.files import write_text
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
 from dpal_edge.tasks.decoding import decode_joints, place_in_box
-from dpal_edge.tasks.image import open_image, read_crop
+from dpal_edge.tasks.image import open_sample, read_crop
+from dpal_edge.tasks.pose import HALF, read_coco_keypoints
 from dpal_edge.tasks.pose_layouts import COCO_JOINTS
 
 _FAR = 0.3  # of the torso, left shoulder to right hip: places farther apart are not the same
@@ -111,35 +112,28 @@ def main(judging: Path, peer: Path, joints: Path, out: Path) -> None:
     if tuple(category["keypoints"]) != tuple(names):
         raise click.ClickException(f"{joints} labels {category['keypoints']}, but the judge finds {list(names)}")
     other, one, hip = Peer(peer, names), names.index("left_shoulder"), names.index("right_hip")
-    files = {image["id"]: joints / "train" / image["file_name"] for image in document["images"]}
-    people, done = document["annotations"], []
-    for start in range(0, len(people), _BATCH):
-        part = people[start : start + _BATCH]
-        boxes = np.array(
-            [[x, y, x + width, y + height] for x, y, width, height in (one["bbox"] for one in part)], float
-        )
-        paths = [files[person["image_id"]] for person in part]
-        crops = [
-            read_crop(path, model.backbone.config.size, tuple(box)) for path, box in zip(paths, boxes, strict=True)
-        ]
-        for person, path, box, judged in zip(
-            part, paths, boxes, judge(model, metadata, np.stack(crops), boxes), strict=True
-        ):
-            found = other(open_image(path, "RGB").crop(tuple(box))) + box[:2]
-            labels = np.array(person["keypoints"], float).reshape(-1, 3)
-            torso = np.linalg.norm(judged[one] - judged[hip]) / 2 + np.linalg.norm(found[one] - found[hip]) / 2
-            places, told = correct(labels[:, :2], judged, found, float(torso))
-            labelled = labels[:, 2] > 0
-            labels[labelled, :2] = places[labelled].round(2)
-            person["keypoints"] = labels.ravel().tolist()
-            done += told[labelled].tolist()
+    people, done = {person["id"]: person for person in document["annotations"]}, []
+    samples = read_coco_keypoints(joints, "train").samples
+    for start in range(0, len(samples), _BATCH):
+        part = samples[start : start + _BATCH]
+        boxes = np.array([sample.box for sample in part])
+        crops = np.stack([read_crop(sample, model.backbone.config.size) for sample in part])
+        for sample, judged in zip(part, judge(model, metadata, crops, boxes), strict=True):
+            found = other(open_sample(sample).crop(sample.box)) + np.array(sample.box)[:2]
+            torso = np.mean([np.linalg.norm(places[one] - places[hip]) for places in (judged, found)])
+            places, told = correct(sample.target.joints.astype(float), judged, found, float(torso))
+            person = people[sample.target.id]
+            rows = np.array(person["keypoints"], float).reshape(-1, 3)
+            rows[sample.target.labelled, :2] = (places[sample.target.labelled] - HALF).round(2)
+            person["keypoints"] = rows.ravel().tolist()
+            done += told[sample.target.labelled].tolist()
     link = out / "train"
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to((joints / "train").resolve())
     write_text(out / "annotations" / "person_keypoints_train.json", json.dumps(document))
-    told = ", ".join(f"{done.count(one)} {one}" for one in sorted(set(done)))
-    click.echo(f"{len(done)} joints of {len(people)} people in {out}: {told}")
+    told = ", ".join(f"{done.count(what)} {what}" for what in sorted(set(done)))
+    click.echo(f"{len(done)} joints of {len(samples)} people in {out}: {told}")
 
 
 if __name__ == "__main__":

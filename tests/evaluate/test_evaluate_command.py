@@ -258,6 +258,8 @@ def test_damaged_weights_are_told(tmp_path, folders):
         ({"tasks": ["reid=/nowhere"], "batch": 0}, "batch 0, limit None: expected 1 or more"),
         ({"tasks": ["reid=/nowhere"], "limit": 0}, "batch 32, limit 0: expected 1 or more"),
         ({"tasks": ["depth=/nowhere"]}, "no task 'depth'"),
+        ({"tasks": ["reid=/nowhere"], "detected_boxes": True}, "give --task pose=DIR, and no --limit"),
+        ({"tasks": ["pose=/nowhere"], "detected_boxes": True, "limit": 5}, "give --task pose=DIR, and no --limit"),
         ({"tasks": ["detection=/nowhere"], "flip": True}, "evaluate detection without it"),
     ],
 )

@@ -1,5 +1,6 @@
 """Scores of models that are known to be right, or wrong in a known way."""
 
+import json
 import math
 
 import numpy as np
@@ -11,10 +12,22 @@ from dpal_edge.evaluate.command import read_splits
 from dpal_edge.evaluate.predictor import HeadInfo
 from dpal_edge.evaluate.scorers import SCORERS
 from dpal_edge.tasks.decoding import SIMCC_SPLIT
+from dpal_edge.tasks.detected_pose import read_detected_people
 from dpal_edge.tasks.image import read_crop
 from dpal_edge.tasks.reid import retrieval_metrics
 from tests.evaluate.known import Known
-from tests.tasks.layouts import ATTRIBUTES, CLASSES, JOINTS, SIZE, save_image, write_attributes, write_lip, write_market
+from tests.tasks.layouts import (
+    ATTRIBUTES,
+    CLASSES,
+    JOINTS,
+    SIZE,
+    save_image,
+    write_attributes,
+    write_coco,
+    write_lip,
+    write_market,
+)
+from tests.tasks.pose_fixtures import DETECTED
 
 
 def score(task, folder, kind, labels, function, **options):
@@ -96,7 +109,7 @@ def test_reid_is_what_ranking_all_at_once_gives(tmp_path):
     for name in ("0007_c2s1_000007_00.png", "0008_c2s1_000008_00.png"):
         (folder / "bounding_box_test" / name).unlink()  # two queries without a match
     [splits] = read_splits({"reid": folder}).values()
-    crops = {name: np.stack([read_crop(s.image, SIZE) for s in part.samples]) for name, part in splits.items()}
+    crops = {name: np.stack([read_crop(s, SIZE) for s in part.samples]) for name, part in splits.items()}
 
     def embed(images):
         return see_colour(images) // 90 + 1  # so coarse that some people are mistaken for others
@@ -151,6 +164,31 @@ def test_pose_in_the_annotated_box(folders, flip):
     assert set(found.errors) <= set(found.metrics)
     shifted, _ = score("pose", folders["pose"], "simcc", labels, lambda x: np.roll(see(x), 24, axis=-1), size=size)
     assert shifted.metrics["PCK@0.2"] < found.metrics["PCK@0.2"]
+
+
+def test_pose_in_detected_boxes(tmp_path):
+    """The boxes of the annotations, and a worse one of each person: with these all that is found is found twice."""
+    folder = write_coco(tmp_path, year="2017")
+    people = read_splits({"pose": folder})["pose"]["val"].samples
+    boxes = []
+    for sample in people:
+        left, top, right, bottom = sample.box
+        one = {"image_id": sample.target.image_id, "category_id": 1, "bbox": [left, top, right - left, bottom - top]}
+        boxes += [{**one, "score": 0.9}, {**one, "score": 0.5}]
+    (tmp_path / DETECTED).parent.mkdir()
+    (tmp_path / DETECTED).write_text(json.dumps(boxes))
+    joints = np.mean([sample.target.joints - np.array(sample.box)[:2] for sample in people], axis=0)
+
+    def see(images):
+        return np.tile(at(joints, SIZE), (len(images), 1, 1))
+
+    splits = read_splits({"pose": folder})["pose"] | {"detected": read_detected_people(folder)}
+    bench = Bench(Known(HeadInfo("pose", "simcc", JOINTS), see, SIZE), "pose", folder, errors=False)
+    found = SCORERS["pose"](splits, bench)
+    assert found.images == {"val": 12, "detected": 24}
+    # The same people and joints, and the second box of each left out: the one difference is the crowds that count here.
+    assert found.metrics["OKS_AP50_detected"] == pytest.approx(found.metrics["OKS_AP50"], abs=0.1)
+    assert found.metrics["OKS_AP50"] > 0
 
 
 def see_red(images):

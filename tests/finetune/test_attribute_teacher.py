@@ -33,7 +33,7 @@ def write_teacher():
 def test_answers_are_those_of_the_model_on_the_resized_view():
     model = write_teacher()
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 64, 32, 3), np.uint8))
-    resized = F.interpolate(images.permute(0, 3, 1, 2), (48, 32), mode="bilinear", antialias=True)
+    resized = F.interpolate(images.permute(0, 3, 1, 2).float(), (48, 32), mode="bilinear", antialias=True)
     with torch.no_grad():
         wanted = model(normalize(resized, MEAN, STD))["attributes"]
     teacher = AttributeTeacher(model, MEAN, STD)

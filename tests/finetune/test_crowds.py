@@ -152,6 +152,19 @@ def test_one_bad_cutout_in_many_is_left_out_and_told(tmp_path):
     assert re.search(r"07\.png: shows nobody", problem)
 
 
+def test_backgrounds_that_cannot_be_read_are_left_out_and_told(tmp_path):
+    for name in ("people", "places"):
+        (tmp_path / name).mkdir()
+    silhouette(tmp_path / "people" / "white.png")
+    for i in range(25):
+        Image.new("RGB", (50, 90)).save(tmp_path / "places" / f"{i:02d}.png")
+    (tmp_path / "places" / "03.png").write_bytes(b"no image")
+    crowds = Crowds(tmp_path / "people", tmp_path / "places")
+    assert len(crowds.backgrounds) == 24
+    [problem] = crowds.problems
+    assert re.search(r"03\.png: cannot be read as an image", problem)
+
+
 def test_backgrounds_fill_the_frame(tmp_path):
     for name in ("people", "places"):
         (tmp_path / name).mkdir()

@@ -48,7 +48,7 @@ def crops(count=5, size=SIZE):
     return np.random.default_rng(1).integers(0, 255, (count, *size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("batch", ["n", 1])
+@pytest.mark.parametrize("batch", ["n", 1, 4])
 def test_embeddings_by_hand(tmp_path, batch):
     teacher = EmbeddingTeacher.open(str(write_teacher(tmp_path / "t.onnx", batch=batch)), precision="f32")
     assert (teacher.size, teacher.channels) == (SIZE, 4)

@@ -66,8 +66,11 @@ def test_what_comes_later_wins(folders, tmp_path):
 def test_paths_are_kept_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layouts.write_coco(tmp_path / "coco")
-    config = resolve(tmp_path / "run", init="random:vit_tiny", task=("pose=coco",))
-    assert config.task == (f"pose={tmp_path / 'coco'}",)
+    (tmp_path / "teacher.xml").touch()
+    taught = ("reid_teacher=teacher.xml?color=bgr",)
+    config = resolve(tmp_path / "run", init="random:vit_tiny", task=("pose=coco", "reid=coco/val"), settings=taught)
+    assert config.task == (f"pose={tmp_path / 'coco'}", f"reid={tmp_path / 'coco' / 'val'}")
+    assert config.reid_teacher == f"{tmp_path / 'teacher.xml'}?color=bgr"
 
 
 def test_an_init_is_needed(tmp_path):

@@ -63,6 +63,8 @@ def test_views_that_a_teacher_sees_differ_more():
         ({"task": ["hair=x"]}, "no task 'hair'"),
         ({"stepz": 4}, "unknown setting stepz; known are attribute_head, attribute_loss, attribute_teacher, "),
         ({"steps": 0}, "steps is 0, expected more than 0"),
+        ({"evaluate_images": 0}, "evaluate_images is 0, expected more than 0"),
+        ({"evaluate_every": -1}, "evaluate_every is -1, expected 0 or more"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5, expected 0 to 1"),
         ({"freeze_blocks": -1}, "freeze_blocks is -1, expected 0 or more"),
         ({"pose_head": "points"}, "pose_head is 'points', expected one of simcc, heatmap"),

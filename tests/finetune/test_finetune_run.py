@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def test_frozen_blocks_stay_as_they_are(settings, tmp_path):
 def test_learning_rates_decay_from_block_to_block(settings):
     config = build_config({**settings, "layer_decay": 0.5})
     start = open_init(config)
-    size = crop_size(config, start.backbone)
+    size = crop_size(config, start)
     train, _ = open_objectives(config, size, start.backbone.config.width)
     model = build_model(start, train, config)
     groups = parameter_groups(model, torch.nn.ModuleDict(), config)
@@ -139,6 +141,59 @@ def test_learning_rates_decay_from_block_to_block(settings):
     assert of("heads.attributes.queries")[1] == 0.0
 
 
+def test_what_merges_patches_learns_as_the_last_block_of_its_stage(settings):
+    config = build_config({**settings, "init": "random:swin_tiny", "size": [64, 32], "layer_decay": 0.5})
+    start = open_init(config)
+    train, _ = open_objectives(config, (64, 32), start.backbone.config.width)
+    model = build_model(start, train, config)
+    groups = parameter_groups(model, torch.nn.ModuleDict(), config)
+    factors = {id(p): group["factor"] for group in groups for p in group["params"]}
+    names = dict(model.backbone.named_parameters())
+    merging = [name for name in names if name.startswith("stages.1.downsample.")]
+    assert merging
+    assert {factors[id(names[name])] for name in merging} == {factors[id(names["stages.1.blocks.1.mlp.fc1.weight"])]}
+
+
+def test_crops_stay_as_large_as_the_init_had_them(settings, tmp_path):
+    run_finetuning(build_config({**settings, "size": [48, 32]}), tmp_path / "first")
+    config = build_config({**settings, "init": str(tmp_path / "first"), "size": None})
+    assert crop_size(config, open_init(config)) == (48, 32)
+
+
+def test_a_head_that_normalises_over_people_needs_two(settings, tmp_path):
+    config = build_config({**settings, "attribute_head": "linear", "batch": 4, "share": []})
+    with pytest.raises(ConfigError, match="attributes gets 1 image of each update, and its linear head normalises"):
+        run_finetuning(config, tmp_path / "run")
+
+
+def test_an_evaluation_that_is_not_possible_does_not_end_the_run(settings, tmp_path):
+    class Told(Watcher):
+        reasons: ClassVar[list[str]] = []
+
+        def unevaluated(self, step, reason):
+            self.reasons.append((step, reason))
+
+    changes = {"task": settings["task"][2:3], "share": [], "evaluate_every": 2, "evaluate_images": 1}
+    summary = run_finetuning(build_config({**settings, **changes}), tmp_path / "run", watcher=Told())
+    assert (summary.step, summary.scores) == (4, {})
+    assert [step for step, _ in Told.reasons] == [2, 4]
+    assert "of 1 people" in Told.reasons[0][1]
+
+
+def test_another_teacher_is_noticed(settings, folders, tmp_path):
+    labelled = {"task": [f"attributes={folders['attributes']}"], "share": []}
+    run_finetuning(build_config({**settings, **labelled}), tmp_path / "teacher")
+    images = str(folders["reid"] / "bounding_box_train")
+    taught = {"task": [f"attributes={images}"], "share": [], "attribute_teacher": str(tmp_path / "teacher")}
+    config = build_config({**settings, **taught})
+    run_finetuning(config, tmp_path / "run", watcher=Recorder(at=1))
+    told = read_newest(tmp_path / "run")[1].metadata["taught_by"]
+    assert list(told["attributes"]) == ["step-00000004.safetensors"]
+    run_finetuning(build_config({**settings, **labelled, "steps": 6}), tmp_path / "teacher", resume=True)
+    with pytest.raises(ModelFileError, match="the teacher has changed since the run began"):
+        run_finetuning(config, tmp_path / "run", resume=True)
+
+
 def test_the_learning_rate_rises_and_falls(settings):
     config = build_config({**settings, "steps": 100, "warmup": 0.1, "lr": 1.0})
     rates = [learning_rate(step, config) for step in range(100)]
@@ -153,7 +208,7 @@ def test_heads_of_the_init_go_on_where_they_were(settings, tmp_path):
     run_finetuning(build_config(settings), tmp_path / "first")
     config = build_config({**settings, "init": str(tmp_path / "first"), "task": settings["task"][:2], "share": []})
     start = open_init(config)
-    train, _ = open_objectives(config, crop_size(config, start.backbone), start.backbone.config.width)
+    train, _ = open_objectives(config, crop_size(config, start), start.backbone.config.width)
     model = build_model(start, train, config)
     first, _ = load_human(tmp_path / "first")
     assert torch.equal(model.heads["pose"].maps.weight, first.heads["pose"].maps.weight)
@@ -200,6 +255,9 @@ def test_an_unreadable_image_is_replaced_and_named(settings, tmp_path):
     summary = run_finetuning(config, tmp_path / "run")
     assert [Path(file).name for file in summary.skipped] == ["003.png"]
     assert "cannot be read as an image" in (tmp_path / "run" / "skipped.jsonl").read_text()
+    (folder / "images" / "003.png").write_bytes((folder / "images" / "004.png").read_bytes())
+    resumed = run_finetuning(replace(config, steps=6), tmp_path / "run", resume=True)
+    assert resumed.skipped == summary.skipped  # files that once failed still count
 
 
 def test_too_many_unreadable_images_end_the_run(settings, tmp_path):

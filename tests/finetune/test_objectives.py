@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from dpal_edge.errors import DataError
 from dpal_edge.finetune.augment import Augmentation
 from dpal_edge.finetune.objectives.attributes import AttributeObjective
+from dpal_edge.finetune.objectives.crops import UnlabelledObjective
 from dpal_edge.finetune.objectives.parsing import ParsingObjective, lovasz_softmax
 from dpal_edge.finetune.objectives.pose import PoseObjective
 from dpal_edge.finetune.objectives.reid import IdentityObjective, soft_triplet
@@ -90,6 +92,9 @@ def test_a_mirrored_person_has_left_and_right_exchanged(folders):
     mirrored = PoseObjective(split, SIZE, FLIPPED, "simcc").example(0, np.random.default_rng(0))
     order = [0, 2, 1, 4, 3]  # head_top, left_shoulder, right_shoulder, left_hip, right_hip
     np.testing.assert_allclose(mirrored["joints"][:, 0], 16 - plain["joints"][order, 0], atol=1e-4)
+    for view, dots in ((plain, DOTS), (mirrored, DOTS[order])):  # a joint lies in the pixel that the set names
+        colours = [view["image"][int(y), int(x)] for x, y in view["joints"][view["labelled"]]]
+        np.testing.assert_array_equal(colours, dots[view["labelled"]])
     np.testing.assert_array_equal(mirrored["labelled"], plain["labelled"][order])
 
 
@@ -119,6 +124,29 @@ def test_ignored_pixels_give_no_gradient(folders):
     objective(head, torch.empty(1, 3, 8), {"mask": mask})["loss"].backward()
     assert (head.output.grad[:, :, :1] != 0).any()
     assert not head.output.grad[:, :, 2:].any()
+
+
+def test_a_batch_without_a_labelled_pixel_has_no_loss(folders):
+    objective = ParsingObjective(read(folders, "parsing"), SIZE, FLIPPED, "linear", 8)
+    mask = torch.full((1, 32, 16), 255, dtype=torch.uint8)
+    losses = objective(Says(torch.randn(1, 3, 8, 4)), torch.empty(1, 3, 8), {"mask": mask})
+    assert {name: value.item() for name, value in losses.items()} == {"loss": 0, "entropy": 0, "lovasz": 0}
+
+
+DOTS = np.random.default_rng(2).integers(0, 255, (5, 3))  # the colours that write_coco draws for joints
+STILL = Augmentation(scale=0, rotate=0, shift=0, colour=0, grey=0, low_resolution=0)
+
+
+def test_an_unreadable_partner_leaves_a_view_unjoined(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (16, 32), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    paths[3].write_bytes(b"no image")
+    objective = UnlabelledObjective(paths, SIZE, STILL, mix=1.0)
+    joined = [len(np.unique(objective.example(0, np.random.default_rng(seed))["image"][..., 0])) for seed in range(40)]
+    assert set(joined) == {1, 2}
+    with pytest.raises(DataError, match=r"3\.png: cannot be read"):
+        objective.example(3, np.random.default_rng(0))
 
 
 def test_lovasz_of_hard_predictions_is_one_less_jaccard():

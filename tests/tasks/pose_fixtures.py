@@ -23,7 +23,7 @@ DETECTED = "person_detection_results/COCO_val2017_detections_AP_H_56_person.json
 
 
 def joints_of(number: int, count: int) -> np.ndarray:
-    """The joints (K, 2) of a person: down a line, each person a pixel further to the right."""
+    """The pixels (K, 2) of a person's joints: down a line, each person a pixel further to the right."""
     return np.column_stack([np.full(count, 8 + number), 5 + np.arange(count)]).astype(float)
 
 

@@ -15,6 +15,7 @@ from dpal_edge.tasks.parsing import (
     read_lip,
     read_mask,
 )
+from dpal_edge.tasks.sample import Sample
 from tests.tasks.layouts import CLASSES, SIZE, save_image, write_lip
 
 
@@ -27,7 +28,7 @@ def test_reader_pairs_images_with_masks(lip):
     split = read_lip(lip, "val")
     assert split.labels == CLASSES
     assert len(split.samples) == 10
-    image, mask = split.samples[3].image, read_mask(split.samples[3].target, CLASSES)
+    image, mask = split.samples[3].image, read_mask(split.samples[3], CLASSES)
     assert (image.parent.name, image.stem) == ("val_images", "val_3")
     assert mask.shape == SIZE
     assert set(np.unique(mask)) == {0, 1, 2, IGNORE}
@@ -75,12 +76,16 @@ def test_reader_leaves_out_what_is_missing(tmp_path):
 
 
 def test_masks_are_checked(lip, tmp_path):
-    save_image(tmp_path / "mask.png", np.full((4, 4), 3))
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    save_image(image, np.zeros((4, 4, 3)))
+    save_image(mask, np.full((4, 4), 3))
     with pytest.raises(DataError, match=r"class 3 in it, expected 0 to 2 \(right-leg\), or 255"):
-        read_mask(tmp_path / "mask.png", CLASSES)
-    save_image(tmp_path / "colours.png", np.zeros((4, 4, 3)))
+        read_mask(Sample(image, mask), CLASSES)
     with pytest.raises(DataError, match="mode RGB, expected one channel"):
-        read_mask(tmp_path / "colours.png", CLASSES)
+        read_mask(Sample(image, image), CLASSES)
+    save_image(mask, np.zeros((8, 2)))
+    with pytest.raises(DataError, match=r"mask.png: 2x8 pixels, expected 4x4 as its image has"):
+        read_mask(Sample(image, mask), CLASSES)
 
 
 def test_scores_by_hand():
@@ -144,20 +149,20 @@ def test_crops_are_resized_and_stay_inside(tmp_path):
     pixels = np.zeros((10, 20, 3))
     pixels[:, 10:] = 255
     save_image(tmp_path / "half.png", pixels)
-    assert (read_crop(tmp_path / "half.png", (10, 20)) == pixels).all()
-    left, right = read_crop(tmp_path / "half.png", (4, 2))[2, :, 0]
+    assert (read_crop(Sample(tmp_path / "half.png", None), (10, 20)) == pixels).all()
+    left, right = read_crop(Sample(tmp_path / "half.png", None), (4, 2))[2, :, 0]
     assert left < 30  # bicubic weights reach beyond the middle
     assert right > 225
-    assert (read_crop(tmp_path / "half.png", (4, 2), (12, 0, 20, 10)) == 255).all()
+    assert (read_crop(Sample(tmp_path / "half.png", None, (12, 0, 20, 10)), (4, 2)) == 255).all()
     with pytest.raises(DataError, match=r"the box \(12, 0, 21, 10\) .* is not inside 20x10 pixels"):
-        read_crop(tmp_path / "half.png", (4, 2), (12, 0, 21, 10))
+        read_crop(Sample(tmp_path / "half.png", None, (12, 0, 21, 10)), (4, 2))
 
 
 def test_damaged_images_are_named(lip):
     path = read_lip(lip, "val").samples[0].image
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(DataError, match=r"val_0\.png: cannot be read as an image"):
-        read_crop(path, (8, 8))
+        read_crop(Sample(path, None), (8, 8))
 
 
 def test_reader_on_real_data(shared):
@@ -166,5 +171,5 @@ def test_reader_on_real_data(shared):
     val = read_lip(folder, "val")
     assert len(val.samples) == 100
     assert len(val.labels) == 10
-    mask = read_mask(val.samples[0].target, val.labels)
-    assert mask.shape == read_crop(val.samples[0].image, mask.shape).shape[:2]
+    mask = read_mask(val.samples[0], val.labels)
+    assert mask.shape == read_crop(val.samples[0], mask.shape).shape[:2]

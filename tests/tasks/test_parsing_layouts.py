@@ -24,7 +24,7 @@ def test_cihp(tmp_path):
     assert split == read_parsing(root, "train")
     assert (len(split.samples), split.labels, split.protocol, split.problems) == (10, CIHP_CLASSES, "cihp", ())
     assert split.samples[0].image == root / "Training" / "Images" / "0000006.jpg"
-    mask = read_mask(split.samples[0].target, split.labels)
+    mask = read_mask(split.samples[0], split.labels)
     assert mask.shape == (SIZE[0], 2 * SIZE[1])
     assert set(np.unique(mask)) == {0, 16, 17}
     assert (split.labels[10], split.labels[16]) == ("torso-skin", "left-leg")
@@ -49,7 +49,7 @@ def test_atr(tmp_path, lists, inner):
     split = read_parsing(tmp_path, "val")
     assert (len(split.samples), split.labels, split.protocol) == (10, ATR_CLASSES, "atr")
     assert split.samples[0].image == tmp_path / inner / "JPEGImages" / "2500_10.jpg"
-    assert set(np.unique(read_mask(split.samples[0].target, split.labels))) == {0, 12, 13}
+    assert set(np.unique(read_mask(split.samples[0], split.labels))) == {0, 12, 13}
     assert flip_pairs(split.labels) == ((9, 10), (12, 13), (14, 15))
     (tmp_path / inner / lists / "train_id.txt").unlink()
     with pytest.raises(DataError, match=r"train_id\.txt: missing; expected the ATR layout"):

@@ -43,7 +43,7 @@ def test_people_of_coco_like_layouts(tmp_path, write, protocol, names, area):
     for number, sample in enumerate(split.samples):
         assert sample.image.is_file()
         assert sample.box == (LEFT, TOP, LEFT + WIDTH, TOP + HEIGHT)
-        np.testing.assert_allclose(sample.target.joints, joints_of(number, len(names)))
+        np.testing.assert_allclose(sample.target.joints, joints_of(number, len(names)) + 0.5)
         assert sample.target.area == pytest.approx(area)
     assert [sample.target.labelled[0] for sample in split.samples] == [True, True, False, True]
 
@@ -114,7 +114,7 @@ def test_mpii_by_hand(tmp_path, name):
     # Scale 0.2 is 40 pixels; the middle is the centre, from 0, and 15 x 0.2 = 3 below: 16, 24; 4 are left of the image.
     assert split.samples[0].box == pytest.approx((0, 4, 36, 44))
     pose = split.samples[1].target
-    np.testing.assert_allclose(pose.joints, joints_of(1, 16))
+    np.testing.assert_allclose(pose.joints, joints_of(1, 16) + 0.5)
     assert pose.head_size == pytest.approx(0.6 * 10)  # of 6 x 8
     assert pose.area == pytest.approx(0.53 * 1600)
     assert [sample.target.image_id for sample in split.samples] == [0, 0, 1]

@@ -84,7 +84,7 @@ class TaughtAttributeObjective(UnlabelledObjective):
     ) -> None:
         super().__init__(images, size, augmentation, mix)
         self.head = HeadConfig(task=self.task, kind=kind, labels=teacher.labels)
-        self.limits, self._teacher = teacher.limits, teacher
+        self.limits, self.taught_by, self._teacher = teacher.limits, teacher.hashes, teacher
 
     def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
         """Return "loss", summed over attributes, averaged over people."""

@@ -1,6 +1,7 @@
 """What the tasks on person crops share: where examples come from, and how an image becomes a view."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -8,9 +9,10 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from dpal_edge.errors import DataError
 from dpal_edge.finetune.augment import Augmentation, Warp, change_colours, draw_warp, plain_warp
 from dpal_edge.finetune.objective import Example, epoch_order
-from dpal_edge.tasks.image import Pixels, open_image
+from dpal_edge.tasks.image import Pixels, open_sample
 from dpal_edge.tasks.sample import Sample, Split
 
 Target = TypeVar("Target")
@@ -20,6 +22,7 @@ class CropObjective(nn.Module, Generic[Target]):
     """A split of person crops, and the views that training takes of them."""
 
     limits = ""
+    taught_by: Mapping[str, str] = {}  # the hash of each file of its teacher, by name
 
     def __init__(self, split: Split[Target], size: tuple[int, int], augmentation: Augmentation) -> None:
         super().__init__()
@@ -42,9 +45,9 @@ class CropObjective(nn.Module, Generic[Target]):
         """Return a view (H, W, 3) of a sample and the warp that led to it; the plain crop without ``rng``.
 
         Raises:
-            DataError: the image cannot be read.
+            DataError: the image cannot be read, or does not fit its annotations.
         """
-        image: Image.Image = open_image(sample.image, "RGB")
+        image: Image.Image = open_sample(sample)
         box = sample.box or (0.0, 0.0, float(image.width), float(image.height))
         if rng is None:
             warp = plain_warp(box, self.size)
@@ -67,7 +70,8 @@ class UnlabelledObjective(CropObjective[None]):
         """Return "image", which the teacher is shown as well."""
         image, _ = self.view(self.split.samples[index], rng)
         if rng is not None and rng.random() < self._mix:
-            other, _ = self.view(self.split.samples[int(rng.integers(len(self)))], rng)
+            other = self.split.samples[int(rng.integers(len(self)))]
             cut = int(rng.uniform(0.3, 0.7) * self.size[0])
-            image = np.concatenate([image[:cut], other[cut:]])
+            with suppress(DataError):  # that file is named when its own turn comes
+                image = np.concatenate([image[:cut], self.view(other, rng)[0][cut:]])
         return {"image": image}

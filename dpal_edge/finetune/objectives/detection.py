@@ -1,7 +1,7 @@
 """Training of a person detector: which locations answer for whom, and the loss of their boxes and scores."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from dpal_edge.errors import ConfigError
+from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.finetune.augment import Augmentation, change_colours
 from dpal_edge.finetune.crowds import Crowds
 from dpal_edge.finetune.frames import IGNORED, PERSON, SCALES, Frame, covering_view, draw_view
@@ -20,7 +20,7 @@ from dpal_edge.finetune.objective import Example, Values, epoch_order
 from dpal_edge.models.detection import FIRST_BOX
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.tasks.detection import People
-from dpal_edge.tasks.image import open_image
+from dpal_edge.tasks.image import open_sample
 from dpal_edge.tasks.letterbox import letterbox, to_input
 from dpal_edge.tasks.sample import Sample, Split
 
@@ -52,6 +52,7 @@ class DetectionObjective(nn.Module):
 
     task = "detection"
     limits = ""
+    taught_by: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -138,7 +139,11 @@ class DetectionObjective(nn.Module):
         joined, boxes, kinds = np.empty((*self.size, 3), np.uint8), [], []
         for (top, bottom), (left, right) in itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)):
             one = sample if top == left == 0 else self.split.samples[rng.integers(len(self))]
-            part = _view(one, (bottom - top, right - left), rng, None if rng.random() < _FILLED else _JOINED_SCALES)
+            place = (bottom - top, right - left), rng, None if rng.random() < _FILLED else _JOINED_SCALES
+            try:
+                part = _view(one, *place)
+            except DataError:
+                part = _view(sample, *place)  # the other file is named when its own turn comes
             joined[top:bottom, left:right] = part.pixels
             boxes.append(part.boxes + np.array([left, top, left, top], np.float32))
             kinds.append(part.kinds)
@@ -232,14 +237,14 @@ def _view(
     scales: tuple[float, float] | None = SCALES,
 ) -> Frame:
     """Draw a view of a frame between ``scales``; None has it fill the input."""
-    image: Image.Image = open_image(sample.image, "RGB")
+    image: Image.Image = open_sample(sample)
     frame = (image.height, image.width)
     view = draw_view(frame, size, rng, scales) if scales else covering_view(frame, size, rng)
     return Frame(view.image(image), *view.people(*_within(sample.target, frame)))
 
 
 def _plain(sample: Sample[People], size: tuple[int, int]) -> Frame:
-    pixels = np.asarray(open_image(sample.image, "RGB"))
+    pixels = np.asarray(open_sample(sample))
     height, width = pixels.shape[:2]
     boxes, kinds = _within(sample.target, (height, width))
     return Frame(letterbox(pixels, size), to_input(boxes, (height, width), size), kinds)

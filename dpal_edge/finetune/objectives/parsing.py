@@ -40,14 +40,15 @@ class ParsingObjective(CropObjective[Path]):
         """Return "image" and "mask" (H, W), class ids and IGNORE."""
         sample = self.split.samples[index]
         image, warp = self.view(sample, rng)
-        mask = warp.mask(read_mask(sample.target, self.split.labels), IGNORE)
+        mask = warp.mask(read_mask(sample, self.split.labels), IGNORE)
         return {"image": image, "mask": self._mirrored[mask] if warp.flipped else mask}
 
     def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
         """Return "loss" and its parts."""
         logits, mask = head(tokens).float(), batch["mask"].long()
         full = F.interpolate(logits, size=self.size, mode="bilinear")
-        entropy = F.cross_entropy(full, mask, ignore_index=IGNORE)
+        known = (mask != IGNORE).sum().clamp(min=1)  # of one image in a batch nothing may be labelled
+        entropy = F.cross_entropy(full, mask, ignore_index=IGNORE, reduction="sum") / known
         rows, columns = (
             ((torch.arange(n, device=mask.device) + 0.5) * pixels / n).long()
             for n, pixels in zip(logits.shape[-2:], self.size, strict=True)

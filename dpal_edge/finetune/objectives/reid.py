@@ -103,7 +103,7 @@ class EmbeddingObjective(UnlabelledObjective):
         """Prepare ``images`` for a student whose tokens have ``width`` channels."""
         super().__init__(images, size, augmentation, mix)
         self.head = HeadConfig(task=self.task, kind=kind, channels=teacher.channels)
-        self._teacher = teacher
+        self.taught_by, self._teacher = teacher.hashes, teacher
         self.locate = nn.Linear(width, teacher.map_channels) if teacher.map_channels else None
         if self.locate is not None:  # the map is sparse: what begins at random is further from it than nothing
             nn.init.zeros_(self.locate.weight)
