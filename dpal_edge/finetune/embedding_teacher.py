@@ -46,10 +46,10 @@ class EmbeddingTeacher:
         pooled = _last_map(model, self.size)
         if pooled is not None:
             model.add_outputs(pooled)
-        openvino = _import_openvino(name)
+        core = _open_core(name)
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         settings["INFERENCE_NUM_THREADS"] = physical_cores()
-        self._run = openvino.Core().compile_model(model, "CPU", settings)
+        self._run = core.compile_model(model, "CPU", settings)
         self._bgr, self._name, self._step, self._fixed = bgr, name, shape[0] or _BATCH, shape[0] is not None
         seen = self(np.zeros((self._step, *self.size, 3), np.uint8))
         self.channels = seen.embeddings.shape[1]
@@ -75,7 +75,7 @@ class EmbeddingTeacher:
         if not Path(file).is_file():
             raise ModelFileError(f"{file}: no such file; expected a model that OpenVINO reads, such as .xml or .onnx")
         try:
-            model = _import_openvino(file).Core().read_model(file)
+            model = _open_core(file).read_model(file)
         except RuntimeError as error:
             raise ModelFileError(f"{file}: OpenVINO cannot read it ({' '.join(str(error).split())})") from error
         precision = precision or ("bf16" if cpu_features().fast_bf16 else "f32")
@@ -114,9 +114,9 @@ def _last_map(model: Any, size: tuple[int, int]) -> Any:
     return None
 
 
-def _import_openvino(name: str) -> Any:
+def _open_core(name: str) -> Any:
     try:
-        import openvino
+        from dpal_edge.runtime._openvino import core
     except ModuleNotFoundError as error:
         raise BackendUnavailable(f"{name} needs openvino: pip install 'dpal-edge[openvino]'") from error
-    return openvino
+    return core()

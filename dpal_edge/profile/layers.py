@@ -204,16 +204,14 @@ def _profile_onnxruntime(asked: _Asked) -> _Profile:
 
 
 def _profile_openvino(asked: _Asked) -> _Profile:
-    import openvino as ov
+    from dpal_edge.runtime._openvino import DEVICE, DEVICES, core, fix_batch, settings
 
-    from dpal_edge.runtime._openvino import DEVICE, DEVICES, fix_batch, settings
-
-    core, device = ov.Core(), asked.device or DEVICE
-    model = core.read_model(str(asked.path))
+    device = asked.device or DEVICE
+    model = core().read_model(str(asked.path))
     fix_batch(model, asked.batch)
     graph = graph_of_openvino(model)
     how = settings(device, asked.threads, asked.precision or "f32", 1) | {"PERF_COUNT": True}
-    compiled = core.compile_model(model, DEVICES[device], how)
+    compiled = core().compile_model(model, DEVICES[device], how)
     request = compiled.create_infer_request()
     walls: list[float] = []
     totals: dict[str, Kernel] = {}

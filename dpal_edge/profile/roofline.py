@@ -334,7 +334,7 @@ def _openvino_product(precision: str) -> Callable[[], object]:
     import openvino as ov
     from openvino import opset13 as ops
 
-    from dpal_edge.runtime._openvino import settings
+    from dpal_edge.runtime._openvino import core, settings
 
     rng = np.random.default_rng(0)
     value = start = ops.parameter([_SIDE, _SIDE], np.float32)
@@ -345,6 +345,6 @@ def _openvino_product(precision: str) -> Callable[[], object]:
             value, weight = (ops.fake_quantize(one, *bounds, *bounds, 255) for one in (value, weight))
         value = ops.matmul(value, weight, transpose_a=False, transpose_b=False)
     how = settings("cpu", physical_cores(), "f32" if precision == "int8" else precision, 1)
-    request = ov.Core().compile_model(ov.Model([value], [start]), "CPU", how).create_infer_request()
+    request = core().compile_model(ov.Model([value], [start]), "CPU", how).create_infer_request()
     data = rng.normal(size=(_SIDE, _SIDE)).astype(np.float32)
     return lambda: request.infer({0: data})

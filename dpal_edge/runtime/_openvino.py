@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,24 @@ class OpenVinoBackend:
         return self._requests
 
 
+@lru_cache(maxsize=1)
+def core() -> ov.Core:
+    """Return the one core of this process.
+
+    A core's CPU plugin gives the thread that first compiles with it another stack for signal handlers, and at its end
+    puts back the one it found. With several cores, closed in the order they were opened, that is one that is gone by
+    then, and the next signal ends the process (openvino 2026.4).
+    """
+    return ov.Core()
+
+
 def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVinoBackend:
     """Open ``path`` (.xml beside its .bin, or .onnx) on ``device`` with ``threads`` CPU threads.
 
     Args:
         precision: of the layers that the file does not quantize: f32 (None) or bf16.
     """
-    core = ov.Core()
-    available = {name.partition(".")[0] for name in core.available_devices}  # several of a kind are GPU.0, GPU.1
+    available = {name.partition(".")[0] for name in core().available_devices}  # several of a kind are GPU.0, GPU.1
     if DEVICES.get(device) not in available:
         usable = ", ".join(name for name, plugin in DEVICES.items() if plugin in available)
         raise BackendUnavailable(f"{path}: this openvino has no device {device!r}, expected one of: {usable}")
@@ -126,10 +137,10 @@ def load(path: Path, device: str, threads: int, precision: str | None) -> OpenVi
     streams = min(threads, _MOST_STREAMS) if device == "cpu" else 1
 
     def compile_model(model: ov.Model, requests: int) -> ov.CompiledModel:
-        return core.compile_model(model, DEVICES[device], settings(device, threads, hint, requests))
+        return core().compile_model(model, DEVICES[device], settings(device, threads, hint, requests))
 
     try:
-        model = core.read_model(str(path))
+        model = core().read_model(str(path))
         return OpenVinoBackend(model, compile_model, f"openvino {_VERSION} {device} {hint}", streams)
     except RuntimeError as error:
         raise ModelFileError(

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -65,6 +67,28 @@ def test_openvino_computes_in_float32(model):
         assert str(compiled.get_property("INFERENCE_PRECISION_HINT")) == "<Type: 'float32'>"
         assert compiled.get_property("INFERENCE_NUM_THREADS") == min(2, physical_cores())
         assert compiled.get_property("NUM_STREAMS") == min(streams, physical_cores())
+
+
+def test_signals_are_handled_after_openvino_models_were_closed(model):
+    """In the order in which they were opened, as programs close them: OpenVINO moves the stack of signal handlers."""
+    pytest.importorskip("openvino")
+    program = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from dpal_edge.runtime.backend import open_backend
+backends = [open_backend(Path(sys.argv[1]), engine="openvino", threads=1) for _ in range(2)]
+for backend in backends:
+    backend.run({"images": np.zeros((1, *map(int, sys.argv[2:]), 3), np.uint8)})
+while backends:
+    backend = backends.pop(0)
+    del backend
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    command = [sys.executable, "-c", program, str(model), *map(str, SIZE)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "handled\n"
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])
