@@ -1,4 +1,8 @@
-"""A fine-tuned model as a teacher of attributes: what its head says of the views that the student is shown."""
+"""A fine-tuned model as a teacher of attributes: what its head says of the views that the student is shown.
+
+It looks at each view twice, the second time mirrored, and its logits are averaged: with the human teacher of this
+package mA is .714 so, and .704 without (ccp, 210 people).
+"""
 
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from dpal_edge.files import sha256_of
 from dpal_edge.models.checkpoint import limits_of, read_newest
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
+from dpal_edge.tasks.labels import flip_pairs
 
 _TASK = "attributes"
 
@@ -23,6 +28,9 @@ class AttributeTeacher:
         self._model, self._mean, self._std = model.requires_grad_(False), mean, std
         self.limits, self.hashes = "", dict[str, str]()
         self.labels: tuple[str, ...] = model.configs[_TASK].labels
+        self._swapped = list(range(len(self.labels)))
+        for one, other in flip_pairs(self.labels):
+            self._swapped[one], self._swapped[other] = other, one
 
     @classmethod
     def open(cls, path: Path) -> "AttributeTeacher":
@@ -43,7 +51,7 @@ class AttributeTeacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Map RGB crops (B, H, W, 3), uint8, of any size to logits (B, A), float32, on their device.
+        """Map RGB crops (B, H, W, 3), uint8, of any size to logits (B, A), float32, on their device, as seen both ways.
 
         The caller's autocast holds for it, as for the student.
         """
@@ -51,5 +59,7 @@ class AttributeTeacher:
         size = self._model.backbone.config.size
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
-        seen: Tensor = self._model.to(images.device)(normalize(pixels, self._mean, self._std), (_TASK,))[_TASK]
-        return seen.float()
+        both = normalize(torch.cat([pixels, pixels.flip(3)]), self._mean, self._std)
+        seen: Tensor = self._model.to(images.device)(both, (_TASK,))[_TASK].float()
+        plain, mirrored = seen.chunk(2)
+        return (plain + mirrored[:, self._swapped]) / 2
