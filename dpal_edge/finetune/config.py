@@ -25,9 +25,7 @@ class FinetuneConfig:
     # What is trained on what
     init: str = ""  # checkpoint, run folder, published weights or teacher FILE; random:STUDENT learns from nothing
     task: tuple[str, ...] = ()  # NAME=DIR each
-    size: tuple[int, int] | None = (
-        None  # height, width of person crops in pixels; None: the init's own, 16x8 patches of others' weights
-    )
+    size: tuple[int, int] | None = None  # height, width of crops in pixels; None: the init's own, or 16x8 patches
     detection_size: tuple[int, int] = (384, 512)  # height, width of whole frames
     pose_head: Literal["simcc", "heatmap"] = "simcc"
     parsing_head: Literal["upsample", "linear"] = "upsample"

@@ -83,12 +83,13 @@ class Session:
         """Put the state back to where ``saved`` was written."""
         if saved.metadata["images"]["sha256"] != self.digest:
             raise ModelFileError(f"{self.folder}: the images have changed since the run began; put them back")
-        taught_by, now = saved.metadata.get("taught_by"), self._taught_by()
-        if taught_by is not None and taught_by != now:
-            raise ModelFileError(
-                f"{self.folder}: the teacher has changed since the run began, {taught_by} then, {now} now; name that "
-                f"file again"
-            )
+        now = self._taught_by()
+        for task, files in saved.metadata.get("taught_by", now).items():
+            if files != now.get(task):
+                raise ModelFileError(
+                    f"{self.folder}: the teacher of {task} was {' and '.join(files)} when the run began, and is another "
+                    f"file or has other contents now; name or put back the one that it was"
+                )
         state = self.state
         model = {name: value for name, value in saved.tensors.items() if name.startswith(("backbone.", "heads."))}
         state.model.load_state_dict(model)

@@ -190,7 +190,10 @@ def test_another_teacher_is_noticed(settings, folders, tmp_path):
     told = read_newest(tmp_path / "run")[1].metadata["taught_by"]
     assert list(told["attributes"]) == ["step-00000004.safetensors"]
     run_finetuning(build_config({**settings, **labelled, "steps": 6}), tmp_path / "teacher", resume=True)
-    with pytest.raises(ModelFileError, match="the teacher has changed since the run began"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"the teacher of attributes was step-00000004\.safetensors when the run began, and is another",
+    ):
         run_finetuning(config, tmp_path / "run", resume=True)
 
 
