@@ -87,8 +87,8 @@ class Session:
         for task, files in saved.metadata.get("taught_by", now).items():
             if files != now.get(task):
                 raise ModelFileError(
-                    f"{self.folder}: the teacher of {task} was {' and '.join(files)} when the run began, and is another "
-                    f"file or has other contents now; name or put back the one that it was"
+                    f"{self.folder}: the teacher of {task} was {' and '.join(files)} when the run began, and is "
+                    f"another file or has other contents now; name or put back the one that it was"
                 )
         state = self.state
         model = {name: value for name, value in saved.tensors.items() if name.startswith(("backbone.", "heads."))}
