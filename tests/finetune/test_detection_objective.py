@@ -277,6 +277,18 @@ def test_unreadable_image(tmp_path):
     assert objective.file(0).name == "bad.jpg"
 
 
+def test_an_unreadable_partner_is_no_fault_of_a_mosaic(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (60, 60), (90 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    split = Split(tuple(sample(tmp_path / f"{i}.png", []) for i in range(3)))
+    objective = DetectionObjective(split, (128, 160), paste=None, backgrounds=None, mosaic=1.0)
+    for seed in range(5):  # of 4 frames and more, of which the chance that none is the bad one is small
+        assert objective.example(0, np.random.default_rng(seed))["image"].shape == (128, 160, 3)
+    with pytest.raises(DataError, match=r"2\.png: cannot be read as an image"):
+        objective.example(2, np.random.default_rng(0))
+
+
 def test_backgrounds_without_people(tmp_path):
     with pytest.raises(ConfigError, match="nobody to put there"):
         DetectionObjective(Split(()), SIZE, paste=None, backgrounds=tmp_path)
