@@ -4,6 +4,7 @@ It looks at each view twice, the second time mirrored, and its logits are averag
 package mA is .714 so, and .704 without (ccp, 210 people).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,10 +24,18 @@ _TASK = "attributes"
 class AttributeTeacher:
     """A model of this project with a head for attributes. No ``nn.Module``: nothing of it is trained or saved."""
 
-    def __init__(self, model: HumanModel, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Most callers want ``open``."""
+    def __init__(
+        self,
+        model: HumanModel,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        limits: str = "",
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Most callers want ``open``, which knows the limits of its use and the hash of its file by name."""
         self._model, self._mean, self._std = model.requires_grad_(False), mean, std
-        self.limits, self.hashes = "", dict[str, str]()
+        self.limits, self.hashes = limits, hashes or {}
         self.labels: tuple[str, ...] = model.configs[_TASK].labels
         self._swapped = list(range(len(self.labels)))
         for one, other in flip_pairs(self.labels):
@@ -45,9 +54,8 @@ class AttributeTeacher:
             raise ModelFileError(
                 f"attribute_teacher {path}: has heads for {', '.join(model.configs)}, expected one for {_TASK}"
             )
-        teacher = cls(model, tuple(metadata["mean"]), tuple(metadata["std"]))
-        teacher.limits, teacher.hashes = limits_of(metadata), {file.name: sha256_of(file)}
-        return teacher
+        mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
+        return cls(model, mean, std, limits=limits_of(metadata), hashes={file.name: sha256_of(file)})
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

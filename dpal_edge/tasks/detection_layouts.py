@@ -10,7 +10,8 @@ import numpy as np
 from dpal_edge.errors import DataError
 from dpal_edge.tasks.coco import Record, clip_box, entries, find_coco, index_images, noted, read_coco, read_json
 from dpal_edge.tasks.detection import People
-from dpal_edge.tasks.image_files import ImageFiles, read_size
+from dpal_edge.tasks.image import read_size
+from dpal_edge.tasks.image_files import ImageFiles
 from dpal_edge.tasks.sample import Box, Layout, Problems, Sample, Split, read_layout, read_rows, require
 
 Person = tuple[Box, bool, Box]  # the box, whether to ignore it, and what of it can be seen

@@ -85,15 +85,37 @@ def open_image(path: Path, mode: str | None = None) -> Any:
         DataError: missing, or not an image.
         BackendUnavailable: Pillow is not installed.
     """
-    pillow = _pillow()
-    unreadable = (OSError, pillow.DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError)
     try:
-        with pillow.open(path) as image:
+        with _pillow().open(path) as image:
             image.load()
             return upright(image, mode)
-    except unreadable as error:  # Pillow's, on damaged files
+    except unreadable() as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DataError(f"{path}: cannot be read as an image ({reason}); replace it or leave it out") from error
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of an image in pixels, upright, from its header.
+
+    Raises:
+        DataError: it cannot be read as an image.
+        BackendUnavailable: Pillow is not installed.
+    """
+    try:
+        with _pillow().open(path) as image:
+            turned = _orientation(image) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except unreadable() as error:
+        raise DataError(f"{path} cannot be read as an image") from error
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """Return what Pillow raises on damaged files, besides errors of the file system.
+
+    Of TIFFs also TypeError, where a field has another type than is expected, and OverflowError, where it holds a number
+    too large.
+    """
+    return OSError, _pillow().DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError
 
 
 def upright(image: Any, mode: str | None = None) -> Any:
@@ -101,12 +123,12 @@ def upright(image: Any, mode: str | None = None) -> Any:
 
     Not ``ImageOps.exif_transpose``, which writes the other EXIF fields anew and fails on damaged ones.
     """
-    turn = _TURNS.get(orientation(image))
+    turn = _TURNS.get(_orientation(image))
     converted = image.convert(mode) if mode else image
     return converted if turn is None else converted.transpose(getattr(_pillow().Transpose, turn))
 
 
-def orientation(image: Any) -> int:
+def _orientation(image: Any) -> int:
     """Return the orientation, 1 to 8, that EXIF data give to a Pillow image; from 5 on its sides are exchanged."""
     found = image.getexif().get(_ORIENTATION)
     return found if isinstance(found, int) else 1

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
 from dpal_edge.tasks.coco import Record, clip_box, entries, noted, read_json, reason
-from dpal_edge.tasks.image_files import ImageFiles, read_size
+from dpal_edge.tasks.image import read_size
+from dpal_edge.tasks.image_files import ImageFiles
 from dpal_edge.tasks.matlab import read_mat
 from dpal_edge.tasks.pose import BOX_AREA, HALF, Pose
 from dpal_edge.tasks.sample import Problems, Sample, Split, require

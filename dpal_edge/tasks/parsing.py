@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from dpal_edge.errors import DataError
 from dpal_edge.files import IMAGE_SUFFIXES
-from dpal_edge.tasks.image import Pixels, read_ids
-from dpal_edge.tasks.image_files import read_size
+from dpal_edge.tasks.image import Pixels, read_ids, read_size
 from dpal_edge.tasks.sample import Problems, Sample, Split, read_rows, read_text, require
 
 IGNORE = 255  # pixels that nobody labelled

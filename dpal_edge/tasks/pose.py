@@ -1,7 +1,6 @@
 """Body pose: people in COCO's json, PCK of the torso and of the head, and precision by object keypoint similarity."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +223,7 @@ def person_categories(categories: list[Any], *, named: bool) -> tuple[frozenset[
         named: whether a category has to name its keypoints.
     """
     found = []
-    for category in (c for c in categories if isinstance(c, dict) and "id" in c):
+    for category in (c for c in categories if isinstance(c, dict) and isinstance(c.get("id"), int)):
         names, person = category.get("keypoints"), category.get("name") == "person"
         if (isinstance(names, list) and names) or (not named and person):
             found.append((not person, category["id"], tuple(str(name) for name in names or ())))
@@ -236,14 +235,15 @@ def person_categories(categories: list[Any], *, named: bool) -> tuple[frozenset[
 
 def _left_out(file: CocoFile, people: frozenset[int]) -> tuple[str, ...]:
     """Name categories with keypoints of their own that are not read, and how many annotations they have."""
-    counts = Counter(record.get("category_id") for record in file.annotations if isinstance(record, dict))
-    return tuple(
-        f"{file.path}: category {category.get('name')!r} has other keypoints than the one that is read; its "
-        f"{counts[category['id']]} annotations are left out"
-        for category in file.categories
-        if isinstance(category, dict) and category.get("keypoints") and category.get("id") not in people
-        if counts[category.get("id")]
-    )
+    found = []
+    for category in (c for c in file.categories if isinstance(c, dict) and c.get("keypoints") and "id" in c):
+        records = [r for r in file.annotations if isinstance(r, dict) and r.get("category_id") == category["id"]]
+        if records and category["id"] not in people:
+            found.append(
+                f"{file.path}: category {category.get('name')!r} has other keypoints than the one that is read; its "
+                f"{len(records)} annotations are left out"
+            )
+    return tuple(found)
 
 
 def _read_person(record: Record, joints: int, images: dict[int, CocoImage], use_area: bool) -> Sample[Pose]:

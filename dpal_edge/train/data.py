@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dpal_edge.errors import ConfigError, DataError
-from dpal_edge.tasks.image import upright
+from dpal_edge.tasks.image import unreadable, upright
 from dpal_edge.train import views
 from dpal_edge.train.config import TrainConfig
 from dpal_edge.train.sources import ImageSource, open_source
@@ -30,9 +30,7 @@ LOCAL_CROPS = 2
 MASK_PATCH = 16  # pixels; side of the patches that ``masked`` hides
 MASK_SHARE = 0.5
 _PASTED = 2  # people in a crowd
-# What Pillow raises on damaged files, besides errors of the file system: of TIFFs also TypeError, where a field has
-# another type than is expected, and OverflowError, where it holds a number too large.
-_UNREADABLE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, TypeError, OverflowError, DataError)
+_UNREADABLE: tuple[type[Exception], ...] = (*unreadable(), DataError)
 _TRIES = 20  # images tried in place of an unreadable one before giving up
 _SPLIT, _VIEWS, _ORDER, _PAIRS = 1, 2, 3, 4  # streams of the seed
 _BASE, _LOCAL, _CROWD, _MASK = range(4)  # streams of an image: what one view draws does not depend on the others

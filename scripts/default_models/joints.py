@@ -58,12 +58,14 @@ def correct(labels: Places, judged: Places, peer: Places, torso: float) -> tuple
 
 
 class Peer:
-    """MoveNet, single person."""
+    """MoveNet for one person; its 17 joints are COCO's."""
 
     def __init__(self, path: Path, joints: tuple[str, ...]) -> None:
         """Open the network; ``joints`` are the names that its findings are given for."""
-        from ai_edge_litert.interpreter import Interpreter
-
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ModuleNotFoundError as error:
+            raise click.ClickException("MoveNet needs LiteRT: pip install ai-edge-litert") from error
         self._network = Interpreter(model_path=str(path), num_threads=1)
         self._network.allocate_tensors()
         [self._in], [self._out] = self._network.get_input_details(), self._network.get_output_details()
@@ -107,26 +109,27 @@ def main(judging: Path, peer: Path, joints: Path, out: Path) -> None:
     """Write the training annotations, corrected, and link the images."""
     model, metadata = load_human(judging)
     document = json.loads((joints / "annotations" / "person_keypoints_train.json").read_text(encoding="utf-8"))
-    names = model.configs["pose"].labels
-    [category] = document["categories"]
-    if tuple(category["keypoints"]) != tuple(names):
-        raise click.ClickException(f"{joints} labels {category['keypoints']}, but the judge finds {list(names)}")
-    other, one, hip = Peer(peer, names), names.index("left_shoulder"), names.index("right_hip")
-    people, done = {person["id"]: person for person in document["annotations"]}, []
-    samples = read_coco_keypoints(joints, "train").samples
+    names, split = model.configs["pose"].labels, read_coco_keypoints(joints, "train")
+    if split.labels != names:
+        raise click.ClickException(
+            f"{joints} labels {', '.join(split.labels)}, the judge finds {', '.join(names)}; give a judge of these data"
+        )
+    movenet, shoulder, hip = Peer(peer, names), names.index("left_shoulder"), names.index("right_hip")
+    people, done = {person["id"]: person for person in document["annotations"]}, list[str]()
+    samples = split.samples
     for start in range(0, len(samples), _BATCH):
         part = samples[start : start + _BATCH]
         boxes = np.array([sample.box for sample in part])
         crops = np.stack([read_crop(sample, model.backbone.config.size) for sample in part])
         for sample, judged in zip(part, judge(model, metadata, crops, boxes), strict=True):
-            found = other(open_sample(sample).crop(sample.box)) + np.array(sample.box)[:2]
-            torso = np.mean([np.linalg.norm(places[one] - places[hip]) for places in (judged, found)])
-            places, told = correct(sample.target.joints.astype(float), judged, found, float(torso))
+            found = movenet(open_sample(sample).crop(sample.box)) + np.array(sample.box)[:2]
+            torso = np.mean([np.linalg.norm(seen[shoulder] - seen[hip]) for seen in (judged, found)])
+            places, what = correct(sample.target.joints.astype(float), judged, found, float(torso))
             person = people[sample.target.id]
             rows = np.array(person["keypoints"], float).reshape(-1, 3)
             rows[sample.target.labelled, :2] = (places[sample.target.labelled] - HALF).round(2)
             person["keypoints"] = rows.ravel().tolist()
-            done += told[sample.target.labelled].tolist()
+            done += what[sample.target.labelled].tolist()
     link = out / "train"
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)

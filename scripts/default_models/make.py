@@ -115,8 +115,9 @@ class Maker:
         task, told = self._taught_attributes()
         self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=task)
         joints, peer = self.work / "joints", self.data / "peers" / "pose_models" / MOVENET
-        _python(HERE / "joints.py", "--judge", list_checkpoints(self.work / "student-small")[-1], "--peer", peer,
-                "--joints", self.data / "lspet", "--out", joints)  # fmt: skip
+        if not (joints / "annotations" / "person_keypoints_train.json").exists():
+            _python(HERE / "joints.py", "--judge", list_checkpoints(self.work / "student-small")[-1], "--peer", peer,
+                    "--joints", self.data / "lspet", "--out", joints)  # fmt: skip
         folders = {**task, "pose": joints}
         self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=folders)
 

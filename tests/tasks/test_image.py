@@ -7,8 +7,7 @@ from PIL import Image
 
 from dpal_edge.errors import DataError
 from dpal_edge.tasks.detection_layouts import read_detection
-from dpal_edge.tasks.image import open_image, open_sample
-from dpal_edge.tasks.image_files import read_size
+from dpal_edge.tasks.image import open_image, open_sample, read_size
 from dpal_edge.tasks.pose import read_coco_keypoints
 from dpal_edge.tasks.sample import Sample
 from tests.tasks import layouts
