@@ -9,12 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpal_edge.errors import ConfigError
 from dpal_edge.manifest import HeadSpec
 from dpal_edge.models.checkpoint import is_ours, load_backbone, read_checkpoint, read_newest
-from dpal_edge.models.human import HumanModel, load_human
-from dpal_edge.models.students import config_to_dict, resize_student
-from dpal_edge.models.vit import ViTConfig
+from dpal_edge.models.human import HumanModel, load_human, resize_model
+from dpal_edge.models.students import config_to_dict
 
 EMBEDDING, DETECTION = "embedding", "detection"
 _REID = "reid"  # its output is the bundle's embedding
@@ -69,28 +67,6 @@ def open_source(checkpoint: Path, weights: str, size: tuple[int, int] | None = N
         model, parameters = HumanModel(backbone, {}).eval(), metadata["parameters"]
     name = metadata.get("student") or config_to_dict(model.backbone.config)["family"]
     return Source(path, model if size is None else resize_model(model, size), name, parameters, metadata)
-
-
-def resize_model(model: HumanModel, size: tuple[int, int]) -> HumanModel:
-    """Return a model with the same weights for another input size (height, width); ``model`` itself for its own.
-
-    Raises:
-        ConfigError: the size does not fit the patches, or a head has weights for one size only.
-    """
-    config = model.backbone.config
-    if size == config.size:
-        return model
-    window = config.window if isinstance(config, ViTConfig) else None  # a Swin keeps its own
-    resized = HumanModel(resize_student(model.backbone, size, window=window), model.configs).eval()
-    for task, head in model.heads.items():
-        state, wanted = head.state_dict(), resized.heads[task].state_dict()
-        if any(wanted[name].shape != value.shape for name, value in state.items()):
-            raise ConfigError(
-                f"size {size[0]}x{size[1]}: the {model.configs[task].kind} head for {task} works at "
-                f"{config.size[0]}x{config.size[1]} only; export at that size, or fine-tune at the other"
-            )
-        resized.heads[task].load_state_dict(state)
-    return resized
 
 
 def output_names(tasks: Iterable[str]) -> tuple[str, ...]:

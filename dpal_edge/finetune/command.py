@@ -156,7 +156,7 @@ def _anchored(fields: dict[str, Any]) -> dict[str, Any]:
     for name in ("paste", "backgrounds"):
         if fields.get(name):
             anchored[name] = str(Path(fields[name]).resolve())
-    for name in ("init", *TEACHERS.values()):
+    for name in ("init", "detection_teacher", *TEACHERS.values()):
         file, mark, options = str(fields.get(name) or "").partition("?")
         if file and Path(file).exists():
             anchored[name] = f"{Path(file).resolve()}{mark}{options}"

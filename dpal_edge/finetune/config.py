@@ -39,6 +39,7 @@ class FinetuneConfig:
     embedding_channels: int = 256  # of an embedding learned from identities; a teacher's has the teacher's
     reid_teacher: str | None = None  # FILE[?color=bgr]: embeddings to learn from, on the unlabelled images of reid=DIR
     attribute_teacher: str | None = None  # checkpoint with a head for attributes: learned, on those of attributes=DIR
+    detection_teacher: str | None = None  # checkpoint with a head for detection: learned beside the boxes
     freeze_backbone: bool = False  # train heads alone
     freeze_blocks: int = 0  # of a ViT: the embedding and so many blocks stay as they are, which also saves time
     window: tuple[int, int] | None = None  # rows, columns of patches that most blocks of a detector attend within
@@ -110,6 +111,8 @@ class FinetuneConfig:
         for task in sorted(self.unlabelled - tasks.keys()):
             setting = TEACHERS[task]
             raise ConfigError(f"{setting} is given, but no unlabelled images to learn from: give --task {task}=DIR")
+        if self.detection_teacher and "detection" not in tasks:
+            raise ConfigError("detection_teacher is given, but no frames to learn from: give --task detection=DIR")
         if len(tasks) > self.batch:
             raise ConfigError(f"batch is {self.batch}, expected at least one image of each of {len(tasks)} tasks")
 

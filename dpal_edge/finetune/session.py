@@ -53,7 +53,7 @@ class Session:
         start = open_init(config)
         self.facts = start.facts
         size = crop_size(config, start)
-        self.objectives, held = open_objectives(config, size, start.backbone.config.width)
+        self.objectives, held = open_objectives(config, size, start.backbone.config)
         check_examples(list(self.objectives.values()))
         self.counts = config.counts({task: len(objective) for task, objective in self.objectives.items()})
         check_counts(self.objectives, self.counts)

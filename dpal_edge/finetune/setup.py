@@ -14,6 +14,7 @@ from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.files import find_images
 from dpal_edge.finetune.attribute_teacher import AttributeTeacher
 from dpal_edge.finetune.config import FinetuneConfig
+from dpal_edge.finetune.detection_teacher import DetectionTeacher
 from dpal_edge.finetune.embedding_teacher import EmbeddingTeacher
 from dpal_edge.finetune.objective import Objective
 from dpal_edge.finetune.objectives.attributes import AttributeObjective, TaughtAttributeObjective
@@ -28,6 +29,7 @@ from dpal_edge.models.opening import open_teacher
 from dpal_edge.models.students import (
     STUDENTS,
     Student,
+    StudentConfig,
     build_student,
     init_student_weights,
     resize_student,
@@ -87,13 +89,13 @@ def config_family(backbone: Student) -> str:
 
 
 def open_objectives(
-    config: FinetuneConfig, size: tuple[int, int], width: int
+    config: FinetuneConfig, size: tuple[int, int], student: StudentConfig
 ) -> tuple[dict[str, Objective], dict[str, Objective]]:
     """Read the tasks' data; return the objectives to train, and those of the held-out images.
 
     Args:
         size: height, width of person crops in pixels.
-        width: channels of the student's tokens.
+        student: the backbone, of which teachers ask the width and the patches.
 
     Raises:
         DataError: a folder is of no known layout, or more of its annotations are bad than is tolerated.
@@ -103,9 +105,9 @@ def open_objectives(
     for task, folder in parse_tasks(config.task).items():
         split = _read(task, folder, config)
         kept, out = _hold_out(split, config.validation_images, config.seed)
-        train[task] = _objective(task, kept, config, size, width)
+        train[task] = _objective(task, kept, config, size, student)
         if out.samples:
-            held[task] = _objective(task, out, replace(config, paste=None, backgrounds=None), size, width)
+            held[task] = _objective(task, out, replace(config, paste=None, backgrounds=None), size, student)
     return train, held
 
 
@@ -127,7 +129,9 @@ def _hold_out(split: Split[Any], count: int, seed: int) -> tuple[Split[Any], Spl
     return replace(split, samples=parts[0]), replace(split, samples=parts[1])
 
 
-def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple[int, int], width: int) -> Objective:
+def _objective(
+    task: str, split: Split[Any], config: FinetuneConfig, size: tuple[int, int], student: StudentConfig
+) -> Objective:
     augmentation = config.augmentation(task)
     if task == "pose":
         return PoseObjective(split, size, augmentation, config.pose_head, config.pose_channels)
@@ -143,10 +147,14 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
         teacher = EmbeddingTeacher.open(config.reid_teacher)
         images = [sample.image for sample in split.samples]
         kind, mix = config.embedding_head, config.mix
-        return EmbeddingObjective(images, size, augmentation, teacher, kind=kind, mix=mix, width=width)
+        return EmbeddingObjective(images, size, augmentation, teacher, kind=kind, mix=mix, width=student.width)
     if task == "reid":
         return IdentityObjective(split, size, augmentation, config.embedding_channels)
     detection = import_module("dpal_edge.finetune.objectives.detection")
+    expert = None
+    if config.detection_teacher:
+        path, size = Path(config.detection_teacher), config.detection_size
+        expert = DetectionTeacher.open(path, size=size, patch=student.patch_size)
     objective: Objective = detection.DetectionObjective(
         split,
         config.detection_size,
@@ -154,6 +162,8 @@ def _objective(task: str, split: Split[Any], config: FinetuneConfig, size: tuple
         backgrounds=Path(config.backgrounds) if config.backgrounds else None,
         paste_share=config.paste_share,
         mosaic=config.mosaic,
+        teacher=expert,
+        width=student.width,
     )
     return objective
 

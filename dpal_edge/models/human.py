@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpal_edge.errors import ModelFileError
+from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.models.checkpoint import load_matching, read_checkpoint, read_newest
 from dpal_edge.models.head_config import HeadConfig, Place
 from dpal_edge.models.heads import build_head
-from dpal_edge.models.students import Student, build_student, config_from_dict
+from dpal_edge.models.students import Student, build_student, config_from_dict, resize_student
+from dpal_edge.models.vit import ViTConfig
 
 
 class HumanModel(nn.Module):
@@ -60,3 +61,25 @@ def load_human(path: Path, *, weights: str = "best") -> tuple[HumanModel, dict[s
     state |= {f"heads.{name}": value for name, value in checkpoint.part(parts[1]).items()}
     load_matching(model, state, file, least=1.0)
     return model.eval(), {**metadata, "weights": part, "file": str(file)}
+
+
+def resize_model(model: HumanModel, size: tuple[int, int]) -> HumanModel:
+    """Return a model with the same weights for another input size (height, width); ``model`` itself for its own.
+
+    Raises:
+        ConfigError: the size does not fit the patches, or a head has weights for one size only.
+    """
+    config = model.backbone.config
+    if size == config.size:
+        return model
+    window = config.window if isinstance(config, ViTConfig) else None  # a Swin keeps its own
+    resized = HumanModel(resize_student(model.backbone, size, window=window), model.configs).eval()
+    for task, head in model.heads.items():
+        state, wanted = head.state_dict(), resized.heads[task].state_dict()
+        if any(wanted[name].shape != value.shape for name, value in state.items()):
+            raise ConfigError(
+                f"size {size[0]}x{size[1]}: the {model.configs[task].kind} head for {task} works at "
+                f"{config.size[0]}x{config.size[1]} only; export at that size, or fine-tune at the other"
+            )
+        resized.heads[task].load_state_dict(state)
+    return resized

@@ -22,8 +22,20 @@ from dpal_edge.tasks.parsing import read_lip
 
 _SIZE = (256, 128)  # height, width in pixels of a crop
 _NATURAL = ("background", "hair", "skin", "face")  # classes that keep their colours
+_HEAD = ("hair", "face")
+_TALL, _HEAD_ABOVE = 1.6, 0.35  # least height in widths of a person, and the share of it that the head lies within
 _RECOLOURED, _MUTED = 0.8, 0.6  # share of garments that change, and of them that become dark and muted
 _HEIGHTS = (60, 256)  # of the crop, before it is enlarged again
+
+
+def is_upright(mask: NDArray[np.uint8], labels: tuple[str, ...]) -> bool:
+    """Return whether the person of a mask (H, W) of classes stands or walks: slender, with the head above."""
+    rows, columns = np.nonzero((mask != 0) & (mask < len(labels)))
+    head = np.nonzero(np.isin(mask, [i for i, label in enumerate(labels) if label in _HEAD]))[0]
+    if not len(rows) or not len(head):
+        return False
+    tall, wide = np.ptp(rows) + 1, np.ptp(columns) + 1
+    return bool(tall >= _TALL * wide and head.mean() - rows.min() <= _HEAD_ABOVE * tall)
 
 
 def desaturation(saturation: float) -> NDArray[np.float64]:
@@ -78,14 +90,15 @@ def main(people: Path, backgrounds: Path, out: Path, count: int) -> None:
     split, places = read_lip(people, "train"), find_images((str(backgrounds),)).paths
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
+    upright = [sample for sample in split.samples if is_upright(read_ids(sample.target), split.labels)]
     for i in range(count):
-        sample = split.samples[i % len(split.samples)]
+        sample = upright[i % len(upright)]
         pixels = np.asarray(open_image(sample.image, "RGB"))
         person = recolour(pixels, read_ids(sample.target), split.labels, rng)
         background = open_image(places[rng.integers(len(places))], "RGB")
         crop = compose(person, background, rng)
         crop.save(out / f"{i:05d}.jpg", quality=int(rng.integers(60, 96)))
-    click.echo(f"{count} crops in {out}")
+    click.echo(f"{count} crops of {len(upright)} people in {out}")
 
 
 if __name__ == "__main__":

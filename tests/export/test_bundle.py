@@ -18,10 +18,9 @@ from dpal_edge.export.bundle import ExportSettings, describe, export
 from dpal_edge.export.crops import read_crops
 from dpal_edge.export.onnx import ExportedModel, count_parameters, write_onnx
 from dpal_edge.export.proof import prove_stripped, torch_outputs
-from dpal_edge.export.source import resize_model
 from dpal_edge.manifest import Manifest
 from dpal_edge.models.checkpoint import read_newest, write_checkpoint
-from dpal_edge.models.human import HumanModel
+from dpal_edge.models.human import HumanModel, resize_model
 from dpal_edge.models.students import build_student, config_to_dict, init_student_weights
 from dpal_edge.runtime.backend import open_backend
 from tests.export.conftest import CONFIG, MEAN, STD, SWIN, tiny_student

@@ -14,8 +14,9 @@ from dpal_edge.export.crops import read_inputs
 from dpal_edge.export.folding import FoldedPatches, fold_norms
 from dpal_edge.export.onnx import ExportedModel, write_onnx
 from dpal_edge.export.proof import check_parity, prove_stripped, torch_outputs
-from dpal_edge.export.source import output_names, resize_model
+from dpal_edge.export.source import output_names
 from dpal_edge.manifest import Manifest
+from dpal_edge.models.human import resize_model
 from dpal_edge.runtime.backend import open_backend
 from tests.export.conftest import CONFIG, DETECTION, HEADS, MEAN, STD, SWIN, tiny_human, write_human
 

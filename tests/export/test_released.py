@@ -6,9 +6,8 @@ import torch
 
 from dpal_edge.export.onnx import ExportedModel, write_onnx
 from dpal_edge.export.proof import check_parity, prove_stripped, torch_outputs
-from dpal_edge.export.source import resize_model
 from dpal_edge.models.checkpoint import load_backbone
-from dpal_edge.models.human import HumanModel
+from dpal_edge.models.human import HumanModel, resize_model
 from dpal_edge.models.students import STUDENTS, build_student
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD
 from tests.models.test_swin import authors_layout

@@ -124,7 +124,7 @@ def test_learning_rates_decay_from_block_to_block(settings):
     config = build_config({**settings, "layer_decay": 0.5})
     start = open_init(config)
     size = crop_size(config, start)
-    train, _ = open_objectives(config, size, start.backbone.config.width)
+    train, _ = open_objectives(config, size, start.backbone.config)
     model = build_model(start, train, config)
     groups = parameter_groups(model, torch.nn.ModuleDict(), config)
     factors = {id(p): (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -144,7 +144,7 @@ def test_learning_rates_decay_from_block_to_block(settings):
 def test_what_merges_patches_learns_as_the_last_block_of_its_stage(settings):
     config = build_config({**settings, "init": "random:swin_tiny", "size": [64, 32], "layer_decay": 0.5})
     start = open_init(config)
-    train, _ = open_objectives(config, (64, 32), start.backbone.config.width)
+    train, _ = open_objectives(config, (64, 32), start.backbone.config)
     model = build_model(start, train, config)
     groups = parameter_groups(model, torch.nn.ModuleDict(), config)
     factors = {id(p): group["factor"] for group in groups for p in group["params"]}
@@ -211,7 +211,7 @@ def test_heads_of_the_init_go_on_where_they_were(settings, tmp_path):
     run_finetuning(build_config(settings), tmp_path / "first")
     config = build_config({**settings, "init": str(tmp_path / "first"), "task": settings["task"][:2], "share": []})
     start = open_init(config)
-    train, _ = open_objectives(config, crop_size(config, start), start.backbone.config.width)
+    train, _ = open_objectives(config, crop_size(config, start), start.backbone.config)
     model = build_model(start, train, config)
     first, _ = load_human(tmp_path / "first")
     assert torch.equal(model.heads["pose"].maps.weight, first.heads["pose"].maps.weight)

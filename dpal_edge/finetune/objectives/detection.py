@@ -1,7 +1,7 @@
 """Training of a person detector: which locations answer for whom, and the loss of their boxes and scores."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torchvision.ops import generalized_box_iou_loss
 from dpal_edge.errors import ConfigError, DataError
 from dpal_edge.finetune.augment import Augmentation, change_colours
 from dpal_edge.finetune.crowds import Crowds
+from dpal_edge.finetune.detection_teacher import DetectionTeacher
 from dpal_edge.finetune.frames import IGNORED, PERSON, SCALES, Frame, covering_view, draw_view
 from dpal_edge.finetune.objective import Example, Values, epoch_order
 from dpal_edge.models.detection import FIRST_BOX
@@ -34,6 +35,7 @@ _JOINED_SCALES = (0.7, 2.0)  # of the other parts, as draw_view has them
 _NEAREST = 9  # locations of each level that may answer for one person
 _EASY = 0.75  # weight of an empty location, times its squared score
 _BOX_WEIGHT = 2.0
+_TOLD = 0.05  # least score of a location at which the teacher's box is learned
 _COLOURS = Augmentation(colour=0.2, grey=0.05, low_resolution=0.15)
 
 
@@ -48,11 +50,16 @@ class DetectionObjective(nn.Module):
     Differs: weights pass from people to background with the quality, else those that hardly fit would be free to score
     high. A choice by what the network says of itself (TOOD, Feng et al., 2021) asks of it to prefer one of many places
     inside a person; short trainings got less far with it (bench/results/default_models.json has both courses).
+
+    A teacher adds what it says of the same views: its scores at all locations, its boxes where it finds somebody, and
+    its features, which a linear map of each patch, that only training has, answers for. Few scenes with boxes tell
+    little of what else there is in the world; features that were learned from millions do.
+
+    Source: scores and boxes, CrossKD (Wang et al., 2024; differs: the student's own head answers); features, hints
+    (Romero et al., 2015; differs: at the end of the student, each channel relative to its variance).
     """
 
     task = "detection"
-    limits = ""
-    taught_by: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -63,6 +70,8 @@ class DetectionObjective(nn.Module):
         backgrounds: Path | None,
         paste_share: float = 0.5,
         mosaic: float = 0.0,
+        teacher: DetectionTeacher | None = None,
+        width: int = 0,
     ) -> None:
         """Look the data up.
 
@@ -73,6 +82,8 @@ class DetectionObjective(nn.Module):
             backgrounds: images without people, for those crowds; without, they join the people of the frames.
             paste_share: share of the examples that are crowds.
             mosaic: share of the others that join views of 4, 9 or 16 frames.
+            teacher: answers beside the boxes; None leaves these alone.
+            width: channels of the student's tokens, which a teacher asks for.
 
         Raises:
             DataError: a folder is missing or empty, or too many of the masked people cannot be used.
@@ -88,6 +99,9 @@ class DetectionObjective(nn.Module):
         self._crowds = Crowds(paste, backgrounds) if paste else None
         self.problems = split.problems + (self._crowds.problems if self._crowds else ())
         self._paste_share, self._mosaic = paste_share, mosaic
+        self.limits, self.taught_by = (teacher.limits, teacher.hashes) if teacher else ("", {})
+        self._teacher = teacher
+        self.locate = nn.Linear(width, teacher.channels) if teacher else None
 
     def __len__(self) -> int:
         """Return the number of frames."""
@@ -150,7 +164,11 @@ class DetectionObjective(nn.Module):
         return Frame(joined, np.concatenate(boxes), np.concatenate(kinds))
 
     def forward(self, head: nn.Module, tokens: Tensor, batch: dict[str, Tensor]) -> Values:
-        """Return "loss" and its parts "quality" and "box", per answering location, weighted by how well it fits."""
+        """Return "loss" and its parts "quality" and "box", per answering location, weighted by how well it fits.
+
+        With a teacher "told_quality" and "told_box" are the same of what it finds, and "patches" is the mean squared
+        error of its features.
+        """
         raw = head(tokens).float()
         kind = batch["kind"]
         count = max(int((kind != 0).sum(1).max()), 1)
@@ -166,7 +184,30 @@ class DetectionObjective(nn.Module):
         truth = people.gather(1, person[..., None].expand(-1, -1, 4))[answers]
         gaps = generalized_box_iou_loss(boxes[answers], truth)
         parts = {"quality": (losses * weight).sum() / total, "box": (gaps * quality[answers]).sum() / total}
-        return {"loss": parts["quality"] + _BOX_WEIGHT * parts["box"], **parts}
+        loss = parts["quality"] + _BOX_WEIGHT * parts["box"]
+        if self._teacher is not None and self.locate is not None:
+            seen = self._teacher(batch["image"])
+            told = {**_told(raw, seen.found), "patches": _feature_loss(self.locate(tokens[:, 1:]), seen.patches)}
+            loss = loss + told["told_quality"] + _BOX_WEIGHT * told["told_box"] + told["patches"]
+            parts |= told
+        return {"loss": loss, **parts}
+
+
+def _told(raw: Tensor, wanted: Tensor) -> Values:
+    """Return how far boxes and logits (B, N, 5) are from a teacher's, per person it finds."""
+    logits, scores = raw[..., 4], wanted[..., 4].sigmoid()
+    total = scores.sum().clamp(min=1)
+    weight = (logits.detach().sigmoid() - scores).square()
+    losses = F.binary_cross_entropy_with_logits(logits, scores, reduction="none")
+    answers = scores > _TOLD
+    gaps = generalized_box_iou_loss(raw[..., :4][answers], wanted[..., :4][answers])
+    return {"told_quality": (losses * weight).sum() / total, "told_box": (gaps * scores[answers]).sum() / total}
+
+
+def _feature_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean squared error of features (B, N, C), in variances of each of the teacher's channels."""
+    variance = wanted.var((0, 1)).clamp(min=1e-6)
+    return ((found.float() - wanted).square() / variance).mean()
 
 
 @torch.no_grad()
