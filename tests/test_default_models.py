@@ -88,6 +88,20 @@ def test_an_athlete_is_what_covers_the_joints_and_reaches_no_farther_than_a_body
     assert confirm(np.zeros_like(mask), joints) is None
 
 
+def test_of_a_crop_the_largest_part_is_the_person():
+    largest = runpy.run_path(str(SCRIPTS / "athletes.py"))["largest"]
+    mask = np.zeros((80, 40), np.uint8)
+    mask[5:40, 10:25], mask[40:75, 10:25] = 3, 4  # one person in two garments
+    mask[30:50, 32:40] = 5  # somebody else
+    kept = largest(mask)
+    assert (kept[:, :30] == mask[:, :30]).all()
+    assert not kept[:, 30:].any()
+    scrap = np.zeros_like(mask)
+    scrap[:10, :10] = 3
+    assert largest(scrap) is None
+    assert largest(np.zeros_like(mask)) is None
+
+
 def write_masked(folder, name):
     """Write a training image with a person of 45 by 18 pixels and its mask in the layout of LIP."""
     for part in ("train_images", "train_segmentations"):
@@ -122,6 +136,19 @@ def test_recoloured_people_keep_their_skin_and_are_cut_out_of_their_background()
     assert (middles[..., 3] == 255).all()
     for garment in (2, 3):
         assert len(np.unique(middles[:, garment, :3], axis=0)) > 6
+
+
+def test_pedestrians_are_slender_with_the_head_above():
+    is_upright = runpy.run_path(str(SCRIPTS / "pedestrians.py"))["is_upright"]
+    labels = ("background", "hair", "face", "upper")
+    standing = np.zeros((100, 60), np.uint8)
+    standing[10:90, 20:40] = 3
+    standing[10:25, 20:40] = 1
+    assert is_upright(standing, labels)
+    assert not is_upright(standing[::-1], labels)  # on the hands
+    assert not is_upright(standing.T, labels)  # lying
+    assert not is_upright(np.where(standing == 1, 3, standing).astype(np.uint8), labels)  # who knows
+    assert not is_upright(np.zeros_like(standing), labels)
 
 
 def test_the_models_fit_into_the_package():

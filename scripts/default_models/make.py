@@ -47,7 +47,7 @@ STEPS = ("footage", "teacher", "athletes", "distil", "student", "attributes", "d
 SEEDS = (0, 1, 2)  # of the comparison of starts
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
-RUNS = ("teacher", "distil", "student-small", "student", "attributes", "detector-small", "detector")
+RUNS = ("teacher", "distil", "student-small", "student", "attributes", "detector-teacher", "detector-small", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
 REPEATS = {"coco_person": 40, "footage": 3, "photographs": 1}  # of the 61, 856 and 3,190 frames for the detector
 MOVENET = "movenet_single_pose_lightning_ptq.tflite"
@@ -56,6 +56,7 @@ WIDE = (192, 336)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
 WHITENED = 5  # every fifth of the crops that the embedding is learned on tells its variances
 CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
+PEDESTRIANS = {"athletes": 6000, "walkers": 9000}  # made of those who stand or walk
 CUTOUTS = 3  # how often each of the 804 people of fashion photographs counts among some thousand athletes
 THRESHOLDS, OVERLAPS = (0.4, 0.45, 0.5), (0.4, 0.45, 0.5, 0.6)
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
@@ -90,18 +91,26 @@ class Maker:
 
     def teacher(self) -> None:
         """Train the teacher."""
-        base = self.work / "vit_small.safetensors"
-        if not base.exists():
-            write_teacher(base)
-        self._finetune("teacher", base, "teacher.yaml")
+        self._finetune("teacher", self._base(), "teacher.yaml")
 
     def athletes(self) -> None:
-        """Have the teacher cut athletes out; with the people whose masks are known they are what a detector learns."""
+        """Have the teacher cut athletes out; with the people whose masks are known they are what a detector learns.
+
+        Those who stand or walk, and the people of the clips, are pedestrians for the embedding, too.
+        """
         teacher = self._newest("teacher")
-        athletes, people = self.work / "athletes", self.data / "ccp"
+        athletes, people, walkers = self.work / "athletes", self.data / "ccp", self.work / "walkers"
         _python(HERE / "athletes.py", "--teacher", teacher, "--joints", self.data / "lspet", "--out", athletes)
         _python(HERE / "photographs.py", "--masks", people, "--masks", athletes, "--out", self.work / "photographs")
         join_masks({people: CUTOUTS, athletes: 1}, self.work / "cutouts")
+        _python(
+            HERE / "athletes.py", "--teacher", teacher, "--crops", self.work / "footage" / "crops", "--out", walkers
+        )
+        for source, count in PEDESTRIANS.items():
+            crops = self.work / f"pedestrians_{source}"
+            _python(HERE / "pedestrians.py", "--people", self.work / source, "--backgrounds",
+                    self.data / "backgrounds", "--out", crops, "--count", count)  # fmt: skip
+            link_images(crops, self.work / "embedded" / crops.name)
 
     def distil(self) -> None:
         """Distil the student from the teacher, with DPAL."""
@@ -128,9 +137,11 @@ class Maker:
                  "--config", HERE / "attributes.yaml", *told, *_resume(run))  # fmt: skip
 
     def detector(self) -> None:
-        """Train the detector on the student's backbone: at fewer pixels first."""
-        self._detect("detector-small", self._newest("student"), "detector-small.yaml")
-        self._detect("detector", self.work / "detector-small", "detector.yaml")
+        """Train the detector on the student's backbone, at fewer pixels first; a larger detector is its teacher."""
+        self._detect("detector-teacher", self._base(), "detector-teacher.yaml")
+        told = ("--set", f"detection_teacher={self.work / 'detector-teacher'}")
+        self._detect("detector-small", self._newest("student"), "detector-small.yaml", *told)
+        self._detect("detector", self.work / "detector-small", "detector.yaml", *told)
 
     def pack(self) -> None:
         """Write the better weights of each run in float16 to the assets; link graphs to what runs without torch.
@@ -217,6 +228,13 @@ class Maker:
                     "training": {**earlier.get("training", {}), **training}}  # fmt: skip
         write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
+
+    def _base(self) -> Path:
+        """Return the ViT-S that knows images, which is what teachers begin as."""
+        base = self.work / "vit_small.safetensors"
+        if not base.exists():
+            write_teacher(base)
+        return base
 
     def _newest(self, run: str) -> Path:
         """Return the newest checkpoint of a run, or what ships of it where this folder has none."""
