@@ -4,17 +4,13 @@ It looks at each view twice, the second time mirrored, and its logits are averag
 package mA is .714 so, and .704 without (ccp, 210 people).
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpal_edge.errors import ModelFileError
-from dpal_edge.files import sha256_of
-from dpal_edge.models.checkpoint import limits_of, read_newest
-from dpal_edge.models.human import HumanModel, load_human
+from dpal_edge.finetune.expert import Expert, open_expert
 from dpal_edge.models.vit import normalize
 from dpal_edge.tasks.labels import flip_pairs
 
@@ -24,19 +20,10 @@ _TASK = "attributes"
 class AttributeTeacher:
     """A model of this project with a head for attributes. No ``nn.Module``: nothing of it is trained or saved."""
 
-    def __init__(
-        self,
-        model: HumanModel,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        *,
-        limits: str = "",
-        hashes: Mapping[str, str] | None = None,
-    ) -> None:
-        """Most callers want ``open``, which knows the limits of its use and the hash of its file by name."""
-        self._model, self._mean, self._std = model.requires_grad_(False), mean, std
-        self.limits, self.hashes = limits, hashes or {}
-        self.labels: tuple[str, ...] = model.configs[_TASK].labels
+    def __init__(self, expert: Expert) -> None:
+        self._expert = expert
+        self.limits, self.hashes = expert.limits, expert.hashes
+        self.labels: tuple[str, ...] = expert.model.configs[_TASK].labels
         self._swapped = list(range(len(self.labels)))
         for one, other in flip_pairs(self.labels):
             self._swapped[one], self._swapped[other] = other, one
@@ -48,14 +35,7 @@ class AttributeTeacher:
         Raises:
             ModelFileError: missing, damaged, or without a head for attributes.
         """
-        file = read_newest(path)[0] if path.is_dir() else path
-        model, metadata = load_human(file)
-        if _TASK not in model.configs:
-            raise ModelFileError(
-                f"attribute_teacher {path}: has heads for {', '.join(model.configs)}, expected one for {_TASK}"
-            )
-        mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
-        return cls(model, mean, std, limits=limits_of(metadata), hashes={file.name: sha256_of(file)})
+        return cls(open_expert(path, _TASK, "attribute_teacher"))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -63,11 +43,11 @@ class AttributeTeacher:
 
         The caller's autocast holds for it, as for the student.
         """
-        pixels = images.permute(0, 3, 1, 2)
-        size = self._model.backbone.config.size
+        pixels, model = images.permute(0, 3, 1, 2), self._expert.model.to(images.device)
+        size = model.backbone.config.size
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True)
-        both = normalize(torch.cat([pixels, pixels.flip(3)]), self._mean, self._std)
-        seen: Tensor = self._model.to(images.device)(both, (_TASK,))[_TASK].float()
+        both = normalize(torch.cat([pixels, pixels.flip(3)]), self._expert.mean, self._expert.std)
+        seen: Tensor = model(both, (_TASK,))[_TASK].float()
         plain, mirrored = seen.chunk(2)
         return (plain + mirrored[:, self._swapped]) / 2

@@ -13,6 +13,7 @@ from dpal_edge.files import read_lines
 from dpal_edge.finetune.attribute_teacher import AttributeTeacher
 from dpal_edge.finetune.augment import Augmentation
 from dpal_edge.finetune.config import build_config
+from dpal_edge.finetune.expert import Expert
 from dpal_edge.finetune.objectives.attributes import TaughtAttributeObjective
 from dpal_edge.finetune.run import run_finetuning
 from dpal_edge.models.checkpoint import read_newest, write_checkpoint
@@ -37,7 +38,7 @@ def test_answers_are_those_of_the_model_on_the_resized_view_and_its_mirror_image
     with torch.no_grad():
         one, other = (model(normalize(pixels, MEAN, STD))["attributes"] for pixels in (resized, resized.flip(3)))
     wanted = (one + other[:, [0, 2, 1]]) / 2
-    teacher = AttributeTeacher(model, MEAN, STD)
+    teacher = AttributeTeacher(Expert(model, MEAN, STD))
     torch.testing.assert_close(teacher(images), wanted)
     assert teacher.labels == LABELS
 
@@ -51,7 +52,7 @@ def test_the_loss_is_least_where_the_student_answers_alike():
         def forward(self, tokens):
             return self.logits
 
-    teacher = AttributeTeacher(write_teacher(), MEAN, STD)
+    teacher = AttributeTeacher(Expert(write_teacher(), MEAN, STD))
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 48, 32, 3), np.uint8))
     objective = TaughtAttributeObjective([Path("a.png")], (48, 32), Augmentation(), teacher, kind="linear", mix=0.0)
     assert not list(objective.parameters())

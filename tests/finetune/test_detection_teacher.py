@@ -14,6 +14,7 @@ from dpal_edge.errors import ConfigError, ModelFileError
 from dpal_edge.files import read_lines, write_text
 from dpal_edge.finetune.config import build_config
 from dpal_edge.finetune.detection_teacher import DetectionTeacher
+from dpal_edge.finetune.expert import Expert
 from dpal_edge.finetune.objectives.detection import DetectionObjective
 from dpal_edge.finetune.run import run_finetuning
 from dpal_edge.models.checkpoint import read_newest, write_checkpoint
@@ -57,7 +58,7 @@ class Says(nn.Module):
 
 def test_answers_are_of_the_students_places_in_its_pixels():
     model = detector()
-    teacher = DetectionTeacher(model, MEAN, STD, size=SIZE, patch=PATCH)
+    teacher = DetectionTeacher(Expert(model, MEAN, STD), size=SIZE, patch=PATCH)
     resized = F.interpolate(frames().permute(0, 3, 1, 2).float(), (56, 84), mode="bilinear", antialias=True)
     with torch.no_grad():
         fitting = resize_model(model, (56, 84))
@@ -72,7 +73,7 @@ def test_answers_are_of_the_students_places_in_its_pixels():
 
 
 def test_the_loss_by_hand():
-    teacher = DetectionTeacher(detector(), MEAN, STD, size=SIZE, patch=PATCH)
+    teacher = DetectionTeacher(Expert(detector(), MEAN, STD), size=SIZE, patch=PATCH)
     objective = DetectionObjective(Split(()), SIZE, paste=None, backgrounds=None, teacher=teacher, width=12)
     images, tokens = frames(), torch.randn(2, 25, 12)
     seen = teacher(images)
@@ -98,7 +99,7 @@ def test_the_loss_by_hand():
 
 
 def test_boxes_count_where_the_teacher_finds_somebody():
-    teacher = DetectionTeacher(detector(), MEAN, STD, size=SIZE, patch=PATCH)
+    teacher = DetectionTeacher(Expert(detector(), MEAN, STD), size=SIZE, patch=PATCH)
     objective = DetectionObjective(Split(()), SIZE, paste=None, backgrounds=None, teacher=teacher, width=12)
     seen = teacher(frames()).found
     seen[..., 4] = -9.0
