@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from dpal_edge.evaluate.predictor import Choice, open_predictor
-from dpal_edge.finetune.augment import plain_warp
-from dpal_edge.tasks.decoding import SIMCC_SPLIT, decode_joints
-from dpal_edge.tasks.image import open_image
+from dpal_edge.tasks.decoding import SIMCC_SPLIT, decode_joints, place_in_box
+from dpal_edge.tasks.image import read_crop
 from dpal_edge.tasks.table import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -48,20 +47,18 @@ def main() -> None:
         hits: dict[str, list[NDArray[np.float64]]] = {"likeliest bin": [], "window": []}
         for start in range(0, len(samples), BATCH):
             batch = samples[start : start + BATCH]
-            images = [open_image(sample.image, "RGB") for sample in batch]
-            boxes = [s.box or (0.0, 0.0, *map(float, i.size)) for s, i in zip(batch, images, strict=True)]
-            warps = [plain_warp(box, predictor.size) for box in boxes]
-            raw = predictor(np.stack([w.image(i) for w, i in zip(warps, images, strict=True)]), "pose")
+            raw = predictor(np.stack([read_crop(sample, predictor.size) for sample in batch]), "pose")
+            boxes = np.array([sample.box for sample in batch], np.float32)
             ways = {"likeliest bin": likeliest(raw, predictor.size),
                     "window": decode_joints(raw, "simcc", predictor.size)[0]}  # fmt: skip
+            placed = {way: place_in_box(places, predictor.size, boxes) for way, places in ways.items()}
             for i, sample in enumerate(batch):
                 joints, labelled = sample.target.joints, sample.target.labelled
                 if not labelled[[one, other]].all():
                     continue
                 reach = SHARE * np.linalg.norm(joints[one] - joints[other])
-                linear, offset = warps[i].to_image[:, :2], warps[i].to_image[:, 2]
-                for way, places in ways.items():
-                    distance = np.linalg.norm(places[i] @ linear.T + offset - joints, axis=-1)
+                for way, places in placed.items():
+                    distance = np.linalg.norm(places[i] - joints, axis=-1)
                     hits[way].append(np.array([(distance <= reach)[labelled].sum(), labelled.sum()], float))
         results["PCK@0.2"][part] = {"people": len(hits["window"])}
         for way, counts in hits.items():

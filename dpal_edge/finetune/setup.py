@@ -102,12 +102,13 @@ def open_objectives(
     """
     train: dict[str, Objective] = {}
     held: dict[str, Objective] = {}
+    plain = replace(config, paste=None, backgrounds=None, detection_teacher=None)  # only their examples are used
     for task, folder in parse_tasks(config.task).items():
         split = _read(task, folder, config)
         kept, out = _hold_out(split, config.validation_images, config.seed)
         train[task] = _objective(task, kept, config, size, student)
         if out.samples:
-            held[task] = _objective(task, out, replace(config, paste=None, backgrounds=None), size, student)
+            held[task] = _objective(task, out, plain, size, student)
     return train, held
 
 
@@ -150,11 +151,16 @@ def _objective(
         return EmbeddingObjective(images, size, augmentation, teacher, kind=kind, mix=mix, width=student.width)
     if task == "reid":
         return IdentityObjective(split, size, augmentation, config.embedding_channels)
+    return _detection_objective(split, config, student)
+
+
+def _detection_objective(split: Split[Any], config: FinetuneConfig, student: StudentConfig) -> Objective:
+    # Imported here: it needs torchvision, which takes its time, and no other task does.
     detection = import_module("dpal_edge.finetune.objectives.detection")
-    expert = None
+    teacher = None
     if config.detection_teacher:
-        path, size = Path(config.detection_teacher), config.detection_size
-        expert = DetectionTeacher.open(path, size=size, patch=student.patch_size)
+        path = Path(config.detection_teacher)
+        teacher = DetectionTeacher.open(path, size=config.detection_size, patch=student.patch_size)
     objective: Objective = detection.DetectionObjective(
         split,
         config.detection_size,
@@ -162,7 +168,7 @@ def _objective(
         backgrounds=Path(config.backgrounds) if config.backgrounds else None,
         paste_share=config.paste_share,
         mosaic=config.mosaic,
-        teacher=expert,
+        teacher=teacher,
         width=student.width,
     )
     return objective

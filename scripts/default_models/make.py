@@ -96,21 +96,21 @@ class Maker:
     def athletes(self) -> None:
         """Have the teacher cut athletes out; with the people whose masks are known they are what a detector learns.
 
-        Those who stand or walk, and the people of the clips, are pedestrians for the embedding, too.
+        Those who stand or walk, and the people of the clips, are more pedestrians for the student's embedding.
         """
         teacher = self._newest("teacher")
         athletes, people, walkers = self.work / "athletes", self.data / "ccp", self.work / "walkers"
         _python(HERE / "athletes.py", "--teacher", teacher, "--joints", self.data / "lspet", "--out", athletes)
         _python(HERE / "photographs.py", "--masks", people, "--masks", athletes, "--out", self.work / "photographs")
         join_masks({people: CUTOUTS, athletes: 1}, self.work / "cutouts")
-        _python(
-            HERE / "athletes.py", "--teacher", teacher, "--crops", self.work / "footage" / "crops", "--out", walkers
-        )
-        for source, count in PEDESTRIANS.items():
-            crops = self.work / f"pedestrians_{source}"
-            _python(HERE / "pedestrians.py", "--people", self.work / source, "--backgrounds",
-                    self.data / "backgrounds", "--out", crops, "--count", count)  # fmt: skip
-            link_images(crops, self.work / "embedded" / crops.name)
+        clips, places = self.work / "footage" / "crops", self.data / "backgrounds"
+        _python(HERE / "athletes.py", "--teacher", teacher, "--crops", clips, "--out", walkers)
+        more = [self.work / f"pedestrians_{source}" for source in PEDESTRIANS]
+        for made, (source, count) in zip(more, PEDESTRIANS.items(), strict=True):
+            _python(HERE / "pedestrians.py", "--people", self.work / source, "--backgrounds", places,
+                    "--out", made, "--count", count)  # fmt: skip
+        for folder in (*sorted((self.work / "embedded").iterdir()), *more):
+            link_images(folder, self.work / "student-embedded" / folder.name)
 
     def distil(self) -> None:
         """Distil the student from the teacher, with DPAL."""
@@ -122,12 +122,13 @@ class Maker:
         The teacher tells the attributes.
         """
         task, told = self._taught_attributes()
-        self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=task)
+        folders = {**task, "reid": self.work / "student-embedded"}
+        self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=folders)
         joints, peer = self.work / "joints", self.data / "peers" / "pose_models" / MOVENET
         if not (joints / "annotations" / "person_keypoints_train.json").exists():
             _python(HERE / "joints.py", "--judge", list_checkpoints(self.work / "student-small")[-1], "--peer", peer,
                     "--joints", self.data / "lspet", "--out", joints)  # fmt: skip
-        folders = {**task, "pose": joints}
+        folders["pose"] = joints
         self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=folders)
 
     def attributes(self) -> None:
@@ -160,7 +161,7 @@ class Maker:
             fresh = trained != path  # what ships is whitened already
             if run == "student":
                 attributes = self.work / "attributes"
-                crops = sorted(self.work.glob("embedded/*/*"))[::WHITENED] if fresh else ()
+                crops = sorted(self.work.glob("student-embedded/*/*"))[::WHITENED] if fresh else ()
                 pack(trained, path, soup=self.soup if fresh else None, crops=crops, attributes=attributes)
             elif fresh:
                 pack(trained, path)

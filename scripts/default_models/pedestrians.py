@@ -4,7 +4,7 @@
 
 Each garment of a person gets a hue and a brightness of its own, or the dark and muted colours that streets are full
 of, so few hundred people become thousands of outfits. The crops are as detectors cut them from street cameras: upright,
-more or less tight, of low resolution, compressed.
+more or less tight, of low resolution, compressed. Who lies, bends or stands on the hands is left out.
 """
 
 from pathlib import Path
@@ -91,6 +91,11 @@ def main(people: Path, backgrounds: Path, out: Path, count: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     upright = [sample for sample in split.samples if is_upright(read_ids(sample.target), split.labels)]
+    if not upright:
+        raise click.ClickException(
+            f"{people}: nobody stands with {' or '.join(_HEAD)} above (its classes: {', '.join(split.labels)}); give "
+            f"masks of people who do"
+        )
     for i in range(count):
         sample = upright[i % len(upright)]
         pixels = np.asarray(open_image(sample.image, "RGB"))

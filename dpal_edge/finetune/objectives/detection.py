@@ -52,8 +52,7 @@ class DetectionObjective(nn.Module):
     inside a person; short trainings got less far with it (bench/results/default_models.json has both courses).
 
     A teacher adds what it says of the same views: its scores at all locations, its boxes where it finds somebody, and
-    its features, which a linear map of each patch, that only training has, answers for. Few scenes with boxes tell
-    little of what else there is in the world; features that were learned from millions do.
+    its features, which a linear map of each patch, that only training has, answers for.
 
     Source: scores and boxes, CrossKD (Wang et al., 2024; differs: the student's own head answers); features, hints
     (Romero et al., 2015; differs: at the end of the student, each channel relative to its variance).
