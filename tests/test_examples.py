@@ -79,7 +79,7 @@ def test_finding_a_person_in_a_folder(tmp_path):
     cv2.imwrite(str(frame), frames[120])
     [line] = run_example("find_person", BUNDLE, frame, frame.parent, "--detect").splitlines()
     assert float(line.split()[0]) == pytest.approx(1, abs=1e-3)
-    cv2.imwrite(str(frame.with_name("empty.png")), frames[0] * 0 + 128)  # nobody, whatever the detector is
+    cv2.imwrite(str(frame.with_name("empty.png")), frames[0])
     assert run_example("find_person", BUNDLE, frame, frame.parent, "--detect").splitlines()[-1].startswith("-1.0000")
 
 

@@ -22,7 +22,7 @@ _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 DEFAULT_DETECTORS = (_ASSETS / "person_detector.json", _ASSETS / "person_detector_wide.json")
 # Least score: of the values tried the best mean F1 of video and photographs for the package's own detector, on frames
 # that it was trained on ("operating_points" in bench/results/default_models.json).
-THRESHOLD = 0.45
+THRESHOLD = 0.5
 _TASK = "detection"
 _BOX_AND_LOGIT = 5
 

@@ -213,11 +213,10 @@ class Maker:
                           ("detector", self._crowds())):  # fmt: skip
             path = ASSETS / f"{PACKED[run]}.safetensors"
             scored = [one for one in earlier.get("scores", ()) if one["model"]["sha256"] == sha256_of(path)]
-            for tasks in () if scored else sets:
-                result = {"name": path.stem, **self._evaluate(path, tasks)}
-                if run == "detector":
+            scored = scored or [{"name": path.stem, **self._evaluate(path, tasks)} for tasks in sets]
+            if run == "detector":
+                for result, tasks in zip(scored, sets, strict=True):
                     result["at_default_threshold"] = operating_point(path.with_suffix(".json"), tasks["detection"])
-                scored.append(result)
             results += scored
         training = {run: curve(self.work / run) for run in RUNS if (self.work / run).exists()}
         path = self.work / "compare.json"
