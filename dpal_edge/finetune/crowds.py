@@ -19,6 +19,8 @@ _MOST = 12  # people that are pasted on one image
 _LEAST_HEIGHT = 24.0  # pixels of a person from head to foot
 _LARGEST = 1.6  # greatest height in heights of the image: people so near are seen in part
 _COMPANY = 0.5  # share of people who stand near the one before, so that they hide one another
+_CUT = 0.35  # share of people of whom something hides a part, as a table or a wall does
+_SEEN = (0.3, 0.85)  # how much of the height, or of the width, of those is left
 _INSIDE = 128  # opacity, of 255, from which a pixel belongs to a person
 _COLOURS = Augmentation(colour=0.25, grey=0.03, low_resolution=0.3)
 
@@ -64,6 +66,9 @@ class Crowds:
     def paste(self, frame: Frame, rng: np.random.Generator) -> Frame:
         """Return ``frame`` with up to 12 more people, the nearer ones, whose feet are lower, before the others.
 
+        Of a third of them something hides the lower part or a side, as a table or a wall does; the box is that of what
+        is seen, as annotators of photographs draw it.
+
         Raises:
             DataError: a cut-out cannot be read.
         """
@@ -71,6 +76,8 @@ class Crowds:
         places = _draw_places(int(rng.integers(_MOST + 1)), frame.pixels.shape[:2], rng)
         for x, foot, tall in sorted(places, key=lambda place: place[1]):
             person = _draw_person(read_cutout(*self.people[rng.integers(len(self.people))]), tall, rng)
+            if rng.random() < _CUT:
+                _hide_part(person, rng)
             placed.append((person, round(x - person.shape[1] / 2), round(foot - person.shape[0])))
         return lay(frame, placed)
 
@@ -179,6 +186,18 @@ def _draw_person(cutout: Image.Image, tall: float, rng: np.random.Generator) -> 
     colours = person.convert("RGB").filter(ImageFilter.GaussianBlur(max(rng.uniform(-1, 1.2), 0)))
     pixels = np.dstack([change_colours(np.asarray(colours), _COLOURS, rng), np.asarray(alpha)])
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def _hide_part(cutout: Pixels, rng: np.random.Generator) -> None:
+    """Make what is below a row of a cut-out (h, w, 4) transparent, in place, or less often one of its sides."""
+    height, width = cutout.shape[:2]
+    seen, which = rng.uniform(*_SEEN), rng.random()
+    if which < 0.7:
+        cutout[round(seen * height) :, :, 3] = 0
+    elif which < 0.85:
+        cutout[:, round(seen * width) :, 3] = 0
+    else:
+        cutout[:, : width - round(seen * width), 3] = 0
 
 
 def _blend(pixels: Pixels, cutout: Pixels, left: int, top: int) -> NDArray[np.bool_]:

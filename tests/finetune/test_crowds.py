@@ -40,9 +40,10 @@ def test_boxes_are_those_of_the_masks(tmp_path):
         frame = crowds.paste(empty(), np.random.default_rng(seed))
         if not len(frame.boxes) or frame.pixels.max() < 255:
             continue  # the one person lies outside, or is darker: then pixel values do not tell opacities
-        rows, columns = np.nonzero(frame.pixels[..., 0] >= 128)
-        assert frame.boxes.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
-        exact += 1
+        rows, columns = np.nonzero(frame.pixels.max(-1) >= 128)
+        wanted = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+        np.testing.assert_allclose(frame.boxes, wanted, atol=1)  # a blurred edge of the colours may be darker
+        exact += int(frame.boxes.tolist() == wanted)
     assert exact >= 5
 
 
@@ -103,6 +104,17 @@ def test_numbers_and_heights_vary(tmp_path):
     assert max(counts) >= 9
     assert (heights < 40).any()
     assert (heights == SIZE[0]).any()  # someone fills the frame
+
+
+def test_of_a_third_something_hides_a_part(tmp_path):
+    Image.fromarray(block(90, 30, 255)).save(tmp_path / "white.png")
+    crowds = Crowds(tmp_path, None)
+    frames = [crowds.paste(empty((400, 400)), np.random.default_rng(seed)) for seed in range(150)]
+    boxes = np.concatenate([frame.boxes for frame in frames if len(frame.boxes)])
+    boxes = boxes[((boxes > 0) & (boxes < 400)).all(1)]  # no edge of the frame has a part in it
+    shapes = (boxes[:, 3] - boxes[:, 1]) / (boxes[:, 2] - boxes[:, 0])  # 3 before width changes by 0.9 to 1.15
+    assert 0.1 < (shapes < 2.2).mean() < 0.3  # lower part
+    assert 0.03 < (shapes > 3.9).mean() < 0.15  # a side
 
 
 def lip(folder, mask):
