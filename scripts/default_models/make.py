@@ -30,6 +30,7 @@ from dpal_edge import __version__
 from dpal_edge.export.bundle import ExportSettings
 from dpal_edge.export.linked import link
 from dpal_edge.files import read_lines, sha256_of, write_text
+from dpal_edge.finetune.augment import Augmentation, change_colours, draw_warp
 from dpal_edge.models.checkpoint import list_checkpoints, read_checkpoint, read_newest, write_checkpoint
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
@@ -54,7 +55,8 @@ MOVENET = "movenet_single_pose_lightning_ptq.tflite"
 TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
 WIDE = (240, 416)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
-WHITENED = 5  # every fifth of the crops that the embedding is learned on tells its variances
+WHITENED = 10  # every tenth of the crops that the embedding is learned on tells what cameras change about it
+CAMERAS = Augmentation(scale=0.2, rotate=8.0, colour=0.6, grey=0.0, low_resolution=0.3)  # how they differ
 CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
 PEDESTRIANS = {"athletes": 6000, "walkers": 9000}  # made of those who stand or walk
 CUTOUTS = 3  # how often each of the 804 people of fashion photographs counts among some thousand athletes
@@ -446,28 +448,32 @@ def pack(
 
 @torch.no_grad()
 def whiten(model: HumanModel, crops: Sequence[Path], metadata: Mapping[str, Any]) -> None:
-    """Change the linear map that gives the embedding so that on ``crops`` it is centred and its directions even.
+    """Change the linear map that gives the embedding so that what a camera changes about ``crops`` counts less.
 
-    A student that imitates embeddings gets right first what all people share; what tells them apart is in directions
-    of little variance, which cosines then hardly see. Each is divided by the square root of its variance plus the mean
-    of all, which spares those that are noise; the axes stay the teacher's.
+    Two views of a crop show one person under other light, from nearer or farther, mirrored, less sharp. By the square
+    root of the variance between such views, plus the mean of all directions', each direction is divided: in which
+    cameras differ people are told apart less, and those that hardly change are not blown up. The mean of all views
+    becomes 0, the axes stay the teacher's.
 
-    Source: whitening of learned embeddings, Jegou and Chum, 2012. Differs: ridge, no dimension dropped.
+    Source: within-class covariance normalisation, Hatch et al., 2006. Differs: a class is a crop, of which two views
+    are all that is seen; ridge as Jegou and Chum, 2012, whiten by what all people differ in (bench/whitening.py).
     """
-    head = model.heads["reid"]
-    height, width = model.backbone.config.size
+    head, size = model.heads["reid"], model.backbone.config.size
     model.eval()
-    found = []
+    rng, pairs = np.random.default_rng(0), []
     for path in crops:
-        image = torch.from_numpy(np.array(open_image(path, "RGB").resize((width, height), Image.Resampling.BICUBIC)))
-        pixels = normalize(image.permute(2, 0, 1)[None], metadata["mean"], metadata["std"])
-        found.append(head(model.backbone(pixels)))
-    embeddings = torch.cat(found).double()
-    variances, axes = torch.linalg.eigh(torch.cov(embeddings.T))
+        image: Image.Image = open_image(path, "RGB")
+        box = (0.0, 0.0, float(image.width), float(image.height))
+        views = [change_colours(draw_warp(box, size, CAMERAS, rng).image(image), CAMERAS, rng) for _ in range(2)]
+        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        pairs.append(head(model.backbone(normalize(pixels, metadata["mean"], metadata["std"]))).double())
+    first, second = torch.stack(pairs).unbind(1)
+    change, centre = (first - second) / 2**0.5, (first + second).mean(0) / 2
+    variances, axes = torch.linalg.eigh(change.T @ change / len(change))
     even = axes @ torch.diag((variances + variances.mean()).rsqrt()) @ axes.T
     scale = variances.mean().sqrt()  # keeps the size of values about what it was
     weight, bias = head.project.weight, head.project.bias
-    bias.copy_(scale * even @ (bias.double() - embeddings.mean(0)))
+    bias.copy_(scale * even @ (bias.double() - centre))
     weight.copy_(scale * even @ weight.double())
 
 
