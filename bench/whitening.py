@@ -17,14 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from dpal_edge.files import find_images, sha256_of, write_text
-from dpal_edge.finetune.augment import change_colours, draw_warp
 from dpal_edge.models.checkpoint import list_checkpoints
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
-from dpal_edge.tasks.image import open_image, read_crop
+from dpal_edge.tasks.image import read_crop
 from dpal_edge.tasks.reid import read_market, retrieval_metrics
 
 RESULTS = Path(__file__).parent / "results" / "whitening.json"
@@ -45,14 +43,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     sys.path.insert(0, str(SCRIPTS))
-    cameras, rng = runpy.run_path(str(SCRIPTS / "make.py"))["CAMERAS"], np.random.default_rng(0)
+    camera_views, rng = runpy.run_path(str(SCRIPTS / "make.py"))["camera_views"], np.random.default_rng(0)
     model, metadata = load_human(options.model)
     model.eval()
-    size, views = model.backbone.config.size, []
-    for path in find_images((options.crops,)).paths[:: options.every]:
-        image: Image.Image = open_image(path, "RGB")
-        box = (0.0, 0.0, float(image.width), float(image.height))
-        views += [change_colours(draw_warp(box, size, cameras, rng).image(image), cameras, rng) for _ in range(2)]
+    size = model.backbone.config.size
+    crops = find_images((options.crops,)).paths[:: options.every]
+    views = [view for crop in crops for view in camera_views(crop, size, rng)]
     seen = embed(model, metadata, views)
     parts = {part: read_market(options.reid, part).samples for part in ("query", "gallery")}
     found = {part: embed(model, metadata, [read_crop(one, size) for one in some]) for part, some in parts.items()}

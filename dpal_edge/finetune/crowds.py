@@ -19,7 +19,7 @@ _MOST = 12  # people that are pasted on one image
 _LEAST_HEIGHT = 24.0  # pixels of a person from head to foot
 _LARGEST = 1.6  # greatest height in heights of the image: people so near are seen in part
 _COMPANY = 0.5  # share of people who stand near the one before, so that they hide one another
-_CUT = 0.35  # share of people of whom something hides a part, as a table or a wall does
+_PARTLY_HIDDEN = 0.35  # share of people of whom something hides a part, as a table or a wall does
 _SEEN = (0.3, 0.85)  # how much of the height, or of the width, of those is left
 _INSIDE = 128  # opacity, of 255, from which a pixel belongs to a person
 _COLOURS = Augmentation(colour=0.25, grey=0.03, low_resolution=0.3)
@@ -76,7 +76,7 @@ class Crowds:
         places = _draw_places(int(rng.integers(_MOST + 1)), frame.pixels.shape[:2], rng)
         for x, foot, tall in sorted(places, key=lambda place: place[1]):
             person = _draw_person(read_cutout(*self.people[rng.integers(len(self.people))]), tall, rng)
-            if rng.random() < _CUT:
+            if rng.random() < _PARTLY_HIDDEN:
                 _hide_part(person, rng)
             placed.append((person, round(x - person.shape[1] / 2), round(foot - person.shape[0])))
         return lay(frame, placed)

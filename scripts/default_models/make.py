@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import torch
 from base_teacher import LICENCE, write_teacher
+from numpy.typing import NDArray
 from PIL import Image
 
 from dpal_edge import __version__
@@ -446,6 +447,13 @@ def pack(
     click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, largest change of a weight {worst:.1e} ({__version__})")
 
 
+def camera_views(crop: Path, size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Return two views (2, H, W, 3) of an RGB crop, of ``size`` (height, width), as two cameras might show it."""
+    image: Image.Image = open_image(crop, "RGB")
+    box = (0.0, 0.0, float(image.width), float(image.height))
+    return np.stack([change_colours(draw_warp(box, size, CAMERAS, rng).image(image), CAMERAS, rng) for _ in range(2)])
+
+
 @torch.no_grad()
 def whiten(model: HumanModel, crops: Sequence[Path], metadata: Mapping[str, Any]) -> None:
     """Change the linear map that gives the embedding so that what a camera changes about ``crops`` counts less.
@@ -462,10 +470,7 @@ def whiten(model: HumanModel, crops: Sequence[Path], metadata: Mapping[str, Any]
     model.eval()
     rng, pairs = np.random.default_rng(0), []
     for path in crops:
-        image: Image.Image = open_image(path, "RGB")
-        box = (0.0, 0.0, float(image.width), float(image.height))
-        views = [change_colours(draw_warp(box, size, CAMERAS, rng).image(image), CAMERAS, rng) for _ in range(2)]
-        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(camera_views(path, size, rng)).permute(0, 3, 1, 2)
         pairs.append(head(model.backbone(normalize(pixels, metadata["mean"], metadata["std"]))).double())
     first, second = torch.stack(pairs).unbind(1)
     change, centre = (first - second) / 2**0.5, (first + second).mean(0) / 2

@@ -305,7 +305,7 @@ def one_thread():
 
 @pytest.mark.usefixtures("one_thread")
 def test_training_finds_everybody(objective):
-    """A tiny ViT learns four crowds by heart, people seen in part among them: everyone at IoU 0.5, and nobody else."""
+    """A tiny ViT learns four crowds by heart: it finds everyone at IoU 0.5, and nobody else."""
     examples = [objective.example(i % 3, np.random.default_rng(i)) for i in range(60)]
     data = stack([e for e in examples if (e["kind"] == 1).any() and not (e["kind"] == 2).any()][:4])
     model = detector()
