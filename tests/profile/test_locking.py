@@ -153,7 +153,8 @@ def test_a_signal_to_a_real_process(install, number):
         "import os, signal, time\n"
         "from dpal_edge.profile.locking import locked_clocks\n"
         "os.environ['PARENT'] = str(os.getpid())\n"
-        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"  # SIGINT too: a shell's background jobs ignore it
+        "    signal.signal(number, signal.default_int_handler)\n"
         "with locked_clocks(print):\n    time.sleep(60)\n"
     )
     done = subprocess.run(
