@@ -169,7 +169,9 @@ def finetune(run: Path, resume: bool, **options: Any) -> None:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Images of each split; by default all.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
-@click.option("--seed", default=0, show_default=True, help="Of the images that --limit draws.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images that --limit draws."
+)
 @_json_option
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Score the heads of MODEL: a checkpoint, run folder or bundle (which needs no torch)."""
@@ -239,7 +241,9 @@ def export(checkpoint: Path, targets: tuple[str, ...], out: Path, as_json: bool,
 )
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Images at a time.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
-@click.option("--seed", default=0, show_default=True, help="Of the images that --limit draws.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the images that --limit draws."
+)
 @_json_option
 def probe(model: str, as_json: bool, **options: Any) -> None:
     """Score the frozen features of MODEL: a checkpoint, run folder, bundle, or teacher:SPEC; nothing is fine-tuned."""

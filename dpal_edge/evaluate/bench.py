@@ -78,7 +78,9 @@ class Bench:
             try:
                 yield sample, *read(sample, self.predictor.size)
             except DataError as error:
-                bad.add(sample.image.name, str(error).removeprefix(f"{sample.image}: "))
+                inside = sample.image.is_relative_to(self.folder)
+                name = sample.image.relative_to(self.folder) if inside else sample.image
+                bad.add(str(name), str(error).removeprefix(f"{sample.image}: "))
 
     def _predict(self, images: Pixels) -> Raw:
         """Run the model, on mirrored images as well if asked to."""

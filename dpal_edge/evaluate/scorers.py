@@ -20,7 +20,7 @@ from dpal_edge.tasks.image import Pixels, open_sample, read_crop
 from dpal_edge.tasks.letterbox import letterbox, to_frame
 from dpal_edge.tasks.parsing import confusion_matrix, parsing_metrics, read_mask
 from dpal_edge.tasks.pose import Joints, Pose, pose_metrics
-from dpal_edge.tasks.reid import Identity, retrieval_metrics
+from dpal_edge.tasks.reid import Identity, matched_queries, retrieval_metrics
 from dpal_edge.tasks.sample import Sample, Split
 
 _LEAST_SCORE = 0.01  # of a box: metrics that rank boxes need the uncertain ones as well
@@ -53,7 +53,7 @@ def score_pose(splits: Mapping[str, Split[Pose]], bench: Bench) -> Scores:
         return scores
     detected: Split[Any] = splits["detected"]
     found, confidence, samples = _find_joints(detected, bench)
-    metrics = detected_pose_metrics(found, confidence, replace(detected, samples=tuple(samples)), bench.folder)
+    metrics = detected_pose_metrics(found, confidence, samples, detected, bench.folder)
     metrics = scores.metrics | {f"{name}_detected": value for name, value in metrics.items()}
     return replace(scores, metrics=metrics, images={**scores.images, "detected": len(samples)})
 
@@ -94,9 +94,8 @@ def score_reid(splits: Mapping[str, Split[Identity]], bench: Bench) -> Scores:
     the ranking is done once, one group of people after the other.
     """
     (queries, asked), (gallery, known) = (_embed(splits[name], bench) for name in ("query", "gallery"))
-    matched = _matched(asked, known)
+    matched = matched_queries(asked, known)
     groups = [matched[group] for group in draw_groups([asked[i].person for i in matched])]
-    groups = groups or [np.arange(len(asked))]  # which says that there is no match
     parts = [retrieval_metrics(queries[group], gallery, [asked[i] for i in group], known) for group in groups]
     table, sizes = np.array([list(part.values()) for part in parts]), np.array([len(group) for group in groups])
 
@@ -110,14 +109,6 @@ def score_reid(splits: Mapping[str, Split[Identity]], bench: Bench) -> Scores:
 def _embed(split: Split[Identity], bench: Bench) -> tuple[NDArray[np.float32], list[Identity]]:
     outputs = [(raw, sample.target) for sample, raw, _ in bench.outputs(split)]
     return np.stack([raw for raw, _ in outputs]), [identity for _, identity in outputs]
-
-
-def _matched(queries: Sequence[Identity], gallery: Sequence[Identity]) -> Indices:
-    """Return which queries have their person in the gallery under another camera."""
-    cameras: dict[int, set[int]] = {}
-    for identity in gallery:
-        cameras.setdefault(identity.person, set()).add(identity.camera)
-    return np.array([i for i, q in enumerate(queries) if cameras.get(q.person, set()) - {q.camera}], np.int64)
 
 
 def score_detection(splits: Mapping[str, Split[People]], bench: Bench) -> Scores:

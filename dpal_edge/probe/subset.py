@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from dpal_edge.tasks.reid import matched_queries
 from dpal_edge.tasks.sample import Split
 
 
 def limit_splits(splits: Mapping[str, Split[Any]], limit: int | None, seed: int) -> dict[str, Split[Any]]:
     """Keep at most ``limit`` images of each split, drawn by ``seed``, in their order; None keeps all.
 
-    Of query and gallery all images of a few people are kept, as many as fit and at least one: an easier search than
-    the whole gallery's.
+    Of query and gallery all images of a few people are kept, as many as fit and at least one, all of whom can be
+    found: an easier search than the whole gallery's.
+
+    Raises:
+        DataError: nobody can.
     """
     if limit is None:
         return dict(splits)
@@ -32,9 +36,10 @@ def limit_splits(splits: Mapping[str, Split[Any]], limit: int | None, seed: int)
 
 
 def _draw_people(splits: Mapping[str, Split[Any]], limit: int, rng: np.random.Generator) -> set[int]:
-    """Draw people who have queries, until the images of one more would not fit into one of the splits."""
+    """Draw people who can be found, until the images of one more would not fit into one of the splits."""
+    query, gallery = ([sample.target for sample in splits[name].samples] for name in ("query", "gallery"))
     counts = [Counter(sample.target.person for sample in split.samples) for split in splits.values()]
-    people = rng.permutation(sorted({sample.target.person for sample in splits["query"].samples})).tolist()
+    people = rng.permutation(sorted({query[i].person for i in matched_queries(query, gallery)})).tolist()
     images = np.cumsum([[count[person] for count in counts] for person in people], axis=0)
     return set(people[: max(int((images <= limit).all(1).sum()), 1)])
 

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dpal_edge.tasks.image_files import ImageFiles
 from dpal_edge.tasks.sample import Box, Problems, read_text, require
 
 Record = dict[str, Any]
+_SHOWN = 5  # categories in an error
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,25 @@ class CocoFile:
     images: list[Any]
     annotations: list[Any]
     categories: list[Any]
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Names of the categories, by id; what is none is left out."""
+        found = (c for c in self.categories if isinstance(c, dict) and isinstance(c.get("id"), int))
+        return {category["id"]: str(category.get("name")) for category in found}
+
+    def category(self, record: Record) -> int:
+        """Return the id of the category of an annotation.
+
+        Raises:
+            DataError: the file has no such category. Others: the annotation is not of the format.
+        """
+        number: int = record["category_id"]
+        if number not in self.names:
+            known = [f"{number} ({name})" for number, name in self.names.items()]
+            more = ["..."] if len(known) > _SHOWN else []
+            raise DataError(f"unknown category_id {number!r}; expected {', '.join(known[:_SHOWN] + more)}")
+        return number
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,18 @@ def noted(problems: Problems, where: str, expected: str) -> Iterator[None]:
         problems.add(where, str(error))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         problems.add(where, f"{reason(error)}; expected {expected}")
+
+
+def read_box(values: Iterable[float]) -> list[float]:
+    """Return left, top, width and height.
+
+    Raises:
+        ValueError, TypeError: they are not four numbers.
+    """
+    numbers = [float(value) for value in values]
+    if len(numbers) != 4:
+        raise ValueError(f"a box of {len(numbers)} numbers")
+    return numbers
 
 
 def clip_box(box: Sequence[float], width: float, height: float) -> Box:

@@ -2,13 +2,23 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dpal_edge.errors import DataError
-from dpal_edge.tasks.coco import Record, clip_box, entries, find_coco, index_images, noted, read_coco, read_json
+from dpal_edge.tasks.coco import (
+    Record,
+    clip_box,
+    entries,
+    find_coco,
+    index_images,
+    noted,
+    read_box,
+    read_coco,
+    read_json,
+)
 from dpal_edge.tasks.detection import People
 from dpal_edge.tasks.image import read_size
 from dpal_edge.tasks.image_files import ImageFiles
@@ -23,6 +33,7 @@ _CITYPERSONS = (
     "gtBboxCityPersons/{split}/CITY/*_gtBboxCityPersons.json and Cityscapes' images in "
     "leftImg8bit/{split}/CITY/*_leftImg8bit.png"
 )
+_TAGS = ("person", "mask")  # of CrowdHuman; a mask is a crowd, a reflection, a poster
 _PEDESTRIAN = "pedestrian"
 _IGNORED_LABELS = frozenset({"rider", "sitting person", "person (other)", "person group", "ignore"})
 _CITY_SUFFIX = "_gtBboxCityPersons.json"
@@ -47,11 +58,10 @@ def _read_coco(folder: Path, split: str) -> Split[People]:
     expected = f"the COCO layout: {_COCO.format(split=split)}"
     path, parent = find_coco(folder, split, "instances", expected)
     file = read_coco(path, expected)
-    names = {c.get("id"): str(c.get("name")) for c in file.categories if isinstance(c, dict)}
-    person = {number for number, name in names.items() if name.lower() == "person"}
+    person = {number for number, name in file.names.items() if name.lower() == "person"}
     if not person:
         raise DataError(
-            f"{path}: no category 'person' among {', '.join(names.values()) or 'none'}; expected {expected}"
+            f"{path}: no category 'person' among {', '.join(file.names.values()) or 'none'}; expected {expected}"
         )
     bad_frames, bad_boxes = Problems(path), Problems(path)
     images = index_images(file, parent.joinpath, bad_frames)
@@ -64,13 +74,13 @@ def _read_coco(folder: Path, split: str) -> Split[People]:
     seen = set[int]()
     for where, record in entries("annotation", file.annotations):
         with noted(bad_boxes, where, "id, category_id, bbox and the id of an image"):
-            if record["category_id"] not in person:
+            if file.category(record) not in person:
                 continue
             image = images[int(record["image_id"])]
             if int(record["id"]) in seen:
                 raise DataError("another has the same id; expected one per person")
             seen.add(int(record["id"]))
-            box = clip_box(_numbers(record["bbox"]), image.width, image.height)
+            box = clip_box(read_box(record["bbox"]), image.width, image.height)
             if image.there:
                 people[int(record["image_id"])].append((box, bool(record.get("iscrowd") or record.get("ignore")), box))
     samples = tuple(
@@ -105,10 +115,12 @@ def _read_crowdhuman(folder: Path, split: str) -> Split[People]:
 
 def _read_crowdhuman_box(record: Record, size: tuple[int, int]) -> Person:
     """Return the whole person, clipped to the image of that height and width as its toolkit does before it scores."""
-    box = clip_box(_numbers(record["fbox"]), size[1], size[0])
-    if record["tag"] != "person" or record.get("extra", {}).get("ignore", 0):
+    box, tag = clip_box(read_box(record["fbox"]), size[1], size[0]), record["tag"]
+    if tag not in _TAGS:
+        raise DataError(f"unknown tag {tag!r}; expected {' or '.join(_TAGS)}")
+    if tag != _TAGS[0] or record.get("extra", {}).get("ignore", 0):
         return box, True, box
-    return box, False, _clip_visible(_numbers(record["vbox"]), size) if "vbox" in record else box
+    return box, False, _clip_visible(read_box(record["vbox"]), size) if "vbox" in record else box
 
 
 def _read_citypersons(folder: Path, split: str) -> Split[People]:
@@ -134,27 +146,15 @@ def _read_citypersons(folder: Path, split: str) -> Split[People]:
 
 
 def _read_city_box(record: Record, size: tuple[int, int]) -> Person:
-    values, label = _numbers(record["bbox"]), record["label"]
+    values, label = read_box(record["bbox"]), record["label"]
     clip_box(values, size[1], size[0])  # whether it covers anything
     left, top, width, height = values
     box = left, top, left + width, top + height
     if label == _PEDESTRIAN:
-        return box, False, _clip_visible(_numbers(record["bboxVis"]), size)
+        return box, False, _clip_visible(read_box(record["bboxVis"]), size)
     if label not in _IGNORED_LABELS:
         raise DataError(f"unknown label {label!r}; expected {_PEDESTRIAN}, {', '.join(sorted(_IGNORED_LABELS))}")
     return box, True, box  # what of a group can be seen is not annotated
-
-
-def _numbers(values: Iterable[float]) -> list[float]:
-    """Return left, top, width and height.
-
-    Raises:
-        ValueError: they are not four numbers.
-    """
-    numbers = [float(value) for value in values]
-    if len(numbers) != 4:
-        raise ValueError(f"a box of {len(numbers)} numbers")
-    return numbers
 
 
 def _clip_visible(values: Sequence[float], size: tuple[int, int]) -> Box:

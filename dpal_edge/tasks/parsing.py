@@ -54,7 +54,8 @@ def pair_masks(
         if name in samples:
             problems.add(f"line {number}", f"{name!r} is listed before; expected each image once")
         elif missing:
-            problems.add(f"line {number}", f"names {name!r}, which is not in {missing[0]}; expected {layout}")
+            hint = "names without suffix, " if Path(name).stem in found[missing[0]] else ""
+            problems.add(f"line {number}", f"names {name!r}, which is not in {missing[0]}; expected {hint}{layout}")
         else:
             samples[name] = Sample(found[images][name], found[masks][name])
     return tuple(samples.values()), problems.finish(len(samples))

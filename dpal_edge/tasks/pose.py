@@ -1,7 +1,7 @@
 """Body pose: people in COCO's json, PCK of the torso and of the head, and precision by object keypoint similarity."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from dpal_edge.tasks.coco import (
     find_coco,
     index_images,
     noted,
+    read_box,
     read_coco,
 )
 from dpal_edge.tasks.oks import oks_precision, oks_sigmas
-from dpal_edge.tasks.sample import Problems, Sample, Split
+from dpal_edge.tasks.sample import Box, Problems, Sample, Split
 
 Joints = NDArray[np.float32]  # (..., K, 2): x, y in pixels of the image, whose first pixel is from 0 to 1
 HALF = 0.5  # data sets number the pixel that a joint is in; its middle is that much further on
@@ -96,9 +97,9 @@ def read_people(
     wanted = f"id, bbox, {len(names)} times x, y and visibility, and the id of an image"
     for where, record in entries("annotation", file.annotations):
         with noted(problems, where, wanted), np.errstate(over="ignore"):
-            if record.get("iscrowd") or record["category_id"] not in people:
+            if file.category(record) not in people or record.get("iscrowd"):
                 continue
-            sample = _read_person(record, len(names), images, use_area)
+            sample = read_person(record, len(names), images, use_area=use_area)
             if sample.target.id in samples:
                 raise DataError("another has the same id; expected one per person")
             if sample.target.labelled.any():
@@ -200,16 +201,51 @@ def oks_ap(
         DataError: as oks_sigmas.
     """
     sigmas = oks_sigmas(names, protocol)
-    images = [{"id": i} for i in sorted({pose.image_id for pose in poses})]
-    truth = {"images": images, "categories": [{"id": 1, "name": "person"}], "annotations": [_coco(p) for p in poses]}
-    results = [
-        {"image_id": pose.image_id, "category_id": 1, "keypoints": triples(joints, 1), "score": float(score)}
-        for pose, joints, score in zip(poses, predicted, scores, strict=True)
+    people = [(pose, _extent(pose), False) for pose in poses]
+    found = [(pose.image_id, *each) for pose, *each in zip(poses, predicted, scores.tolist(), strict=True)]
+    return oks_precision(*coco_documents({pose.image_id for pose in poses}, people, found), sigmas)
+
+
+def coco_documents(
+    images: Collection[int], people: Sequence[tuple[Pose, Box, bool]], found: Sequence[tuple[int, Joints, float]]
+) -> tuple[dict[str, Any], list[Record]]:
+    """Return annotated and found people as documents in COCO's format, for oks_precision.
+
+    Ids are numbered anew: a file's own may be any numbers, and the library takes only some. COCO numbers the pixel that
+    a joint is in.
+
+    Args:
+        images: ids of those that are scored.
+        people: what is annotated on them: the person, the box (left, top, right, bottom), and whether it is a crowd.
+        found: image, joints (K, 2) and confidence of each.
+    """
+    numbers = {image: number for number, image in enumerate(sorted(images), start=1)}
+    annotations = [
+        {
+            "id": number,
+            "image_id": numbers[pose.image_id],
+            "category_id": 1,
+            "iscrowd": int(crowd),
+            "area": pose.area,
+            "bbox": [left, top, right - left, bottom - top],
+            "num_keypoints": int(pose.labelled.sum()),
+            "keypoints": _triples(np.where(pose.labelled[:, None], pose.joints - HALF, 0), 2 * pose.labelled),
+        }
+        for number, (pose, (left, top, right, bottom), crowd) in enumerate(people, start=1)
     ]
-    return oks_precision(truth, results, sigmas)
+    results = [
+        {"image_id": numbers[image], "category_id": 1, "keypoints": _triples(joints - HALF, 1), "score": score}
+        for image, joints, score in found
+    ]
+    truth = {
+        "images": [{"id": number} for number in numbers.values()],
+        "categories": [{"id": 1, "name": "person"}],
+        "annotations": annotations,
+    }
+    return truth, results
 
 
-def triples(joints: NDArray[np.floating], visibility: Any) -> list[float]:
+def _triples(joints: NDArray[np.floating], visibility: Any) -> list[float]:
     """Flatten joints (K, 2) to x, y, visibility as COCO writes them."""
     column = np.broadcast_to(visibility, len(joints))[:, None]
     flat: list[float] = np.concatenate([joints, column], axis=1).ravel().tolist()
@@ -226,7 +262,8 @@ def person_categories(categories: list[Any], *, named: bool) -> tuple[frozenset[
     for category in (c for c in categories if isinstance(c, dict) and isinstance(c.get("id"), int)):
         names, person = category.get("keypoints"), category.get("name") == "person"
         if (isinstance(names, list) and names) or (not named and person):
-            found.append((not person, category["id"], tuple(str(name) for name in names or ())))
+            joints = tuple(str(name) for name in names) if isinstance(names, list) else ()
+            found.append((not person, category["id"], joints))
     if not found:
         return frozenset(), ()
     joints = min(found, key=lambda one: one[0])[2]
@@ -246,26 +283,31 @@ def _left_out(file: CocoFile, people: frozenset[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _read_person(record: Record, joints: int, images: dict[int, CocoImage], use_area: bool) -> Sample[Pose]:
-    """Turn an annotation into a sample.
+def read_person(record: Record, joints: int, images: Mapping[int, CocoImage], *, use_area: bool = True) -> Sample[Pose]:
+    """Turn an annotation of so many joints into a sample.
 
     Raises:
-        DataError: a value means nothing. Others: it is not of the format.
+        DataError: a value means nothing. Others, which noted knows: it is not of the format.
     """
     image = images[int(record["image_id"])]
     rows = np.array(record["keypoints"], np.float32).reshape(joints, 3)
-    box = [float(value) for value in record["bbox"]]
+    box = read_box(record["bbox"])
     area = float(record.get("area") or 0) if use_area else 0.0
     area = area or BOX_AREA * box[2] * box[3]
     if not (np.isfinite(rows).all() and math.isfinite(area)):
         raise DataError("a keypoint or the area is not finite; correct it or leave it out")
     if area < 0:
         raise DataError(f"its area is {area:g}; expected pixels")
+    places, labelled, size = rows[:, :2] + HALF, rows[:, 2] > 0, (image.width, image.height)
+    if far := places[labelled & ((places < np.negative(size)) | (places > np.multiply(size, 2))).any(1)].tolist():
+        raise DataError(
+            f"its joint at {far[0][0]:g}, {far[0][1]:g} is far outside an image of {size[0]:g}x{size[1]:g}; correct it"
+        )
     clipped = clip_box(box, image.width, image.height)
     if not image.there:
         raise DataError(f"no image {image.path}; expected the images of the file there")
     crowd = float(image.record.get("crowdIndex", math.nan))
-    pose = Pose(int(record["id"]), int(record["image_id"]), rows[:, :2] + HALF, rows[:, 2] > 0, area, crowd)
+    pose = Pose(int(record["id"]), int(record["image_id"]), places, labelled, area, crowd)
     return Sample(image.path, pose, clipped, image.size)
 
 
@@ -309,17 +351,7 @@ def _share_found(
     return float((distance <= reach[:, None])[counted].mean())
 
 
-def _coco(pose: Pose) -> Record:
-    """Return a pose as COCO's annotation."""
-    left, top = pose.joints[pose.labelled].min(0).tolist()
-    right, bottom = pose.joints[pose.labelled].max(0).tolist()
-    return {
-        "id": pose.id,
-        "image_id": pose.image_id,
-        "category_id": 1,
-        "iscrowd": 0,
-        "area": pose.area,
-        "bbox": [left, top, right - left, bottom - top],
-        "num_keypoints": int(pose.labelled.sum()),
-        "keypoints": triples(np.where(pose.labelled[:, None], pose.joints, 0), 2 * pose.labelled),
-    }
+def _extent(pose: Pose) -> Box:
+    """Return the box of a person's labelled joints."""
+    labelled = pose.joints[pose.labelled]
+    return *labelled.min(0).tolist(), *labelled.max(0).tolist()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpal_edge.errors import DataError
+from dpal_edge.tasks.aic import AIC_LAYOUT, AIC_MARKERS, read_aic
 from dpal_edge.tasks.mpii import MPII_LAYOUT, read_mpii
 from dpal_edge.tasks.pose import COCO_KEYPOINTS, Pose, read_coco_keypoints, read_people
 from dpal_edge.tasks.sample import Layout, Split, read_layout, require
@@ -17,19 +18,7 @@ COCO_JOINTS = (
     "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
     "right_ankle",
 )  # fmt: skip
-AIC_JOINTS = (
-    "right_shoulder", "right_elbow", "right_wrist", "left_shoulder", "left_elbow", "left_wrist", "right_hip",
-    "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle", "head_top", "neck",
-)  # fmt: skip
 CROWDPOSE_JOINTS = (*COCO_JOINTS[5:], "head_top", "neck")
-_AIC_IMAGES = {
-    "train": "ai_challenger_keypoint_train_20170902/keypoint_train_images_20170902",
-    "val": "ai_challenger_keypoint_validation_20170911/keypoint_validation_images_20170911",
-}
-_AIC = (
-    "the AI Challenger layout: annotations/aic_{split}.json and the images in "
-    "ai_challenger_keypoint_*/keypoint_*_images_*/"
-)
 _CROWDPOSE = (
     "the CrowdPose layout: crowdpose_trainval.json to train and crowdpose_test.json to score (or crowdpose_train.json "
     "and crowdpose_val.json), also in annotations/ or json/ or as mmpose_crowdpose_*.json, and the images in images/"
@@ -55,13 +44,6 @@ def read_pose(folder: Path, split: str) -> Split[Pose]:
         DataError: no such layout, a part of it is missing, or too many annotations are bad.
     """
     return read_layout(folder, split, _LAYOUTS)
-
-
-def _read_aic(folder: Path, split: str) -> Split[Pose]:
-    expected = _AIC.format(split=split)
-    images = require(folder / _AIC_IMAGES[split], expected)
-    path = folder / "annotations" / f"aic_{split}.json"
-    return read_people(path, expected, images.joinpath, names=AIC_JOINTS, protocol="aic", use_area=False)
 
 
 def _read_crowdpose(folder: Path, split: str) -> Split[Pose]:
@@ -109,7 +91,7 @@ def _find(folder: Path, names: Sequence[str]) -> Path | None:
 
 _LAYOUTS = (
     Layout("Human-Art", ("annotations/*_humanart*.json",), _read_humanart, _HUMANART),
-    Layout("AI Challenger", ("annotations/aic_*.json",), _read_aic, _AIC),
+    Layout("AI Challenger", AIC_MARKERS, read_aic, AIC_LAYOUT),
     Layout(
         "CrowdPose",
         tuple(name.replace("{part}", "*") for name in _crowdpose_files("{part}")),

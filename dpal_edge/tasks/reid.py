@@ -15,7 +15,7 @@ from dpal_edge.tasks.sample import Problems, Sample, Split, require
 JUNK = -1  # person id of Market's detections that are nobody; 0 is a distractor and stays in the gallery
 _FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 MARKET_LAYOUT = f"the Market-1501 layout: folders {', '.join(_FOLDERS.values())} of images named PPPP_cCsS_..."
-_NAME = re.compile(r"(-1|\d+)_c(\d+)", re.ASCII)
+_NAME = re.compile(r"(-1|\d{1,18})_c(\d{1,18})", re.ASCII)  # numbers that NumPy takes
 _CHUNK = 256  # queries compared with the gallery at a time: bounds memory
 
 
@@ -30,7 +30,7 @@ class Identity:
 def read_market(folder: Path, split: str) -> Split[Identity]:
     """Read ``split`` (train, query or gallery) of a folder in the layout of Market-1501; junk images are left out.
 
-    Images whose names tell no person and camera are problems.
+    Images whose names tell no person and camera are problems, and so are folders with images, which are not read.
 
     Raises:
         DataError: the split's folder is missing or holds no people, or too many names are bad.
@@ -38,8 +38,12 @@ def read_market(folder: Path, split: str) -> Split[Identity]:
     parent = require(folder / _FOLDERS[split], MARKET_LAYOUT)
     problems, samples = Problems(parent), []
     for path in sorted(parent.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue  # the original holds Thumbs.db, copies from a Mac ._*.jpg
+        if path.name.startswith("."):
+            continue  # copies from a Mac hold ._*.jpg
+        if path.suffix.lower() not in IMAGE_SUFFIXES:  # the original holds Thumbs.db
+            if path.is_dir() and any(inner.suffix.lower() in IMAGE_SUFFIXES for inner in path.iterdir()):
+                problems.add(path.name, "a folder, whose images are not read; move them into the one above")
+            continue
         name = _NAME.match(path.name)
         if name is None:
             problems.add(path.name, f"its name tells no person and camera; expected {MARKET_LAYOUT}")
@@ -49,6 +53,24 @@ def read_market(folder: Path, split: str) -> Split[Identity]:
     if not samples:
         raise DataError(f"{parent}: no images of people in it; expected {MARKET_LAYOUT}")
     return Split(tuple(samples), protocol="market1501", problems=found)
+
+
+def matched_queries(query: Sequence[Identity], gallery: Sequence[Identity]) -> NDArray[np.int64]:
+    """Return which queries have their person in the gallery under another camera: those that are scored.
+
+    Raises:
+        DataError: none has.
+    """
+    cameras: dict[int, set[int]] = {}
+    for identity in gallery:
+        cameras.setdefault(identity.person, set()).add(identity.camera)
+    found = [i for i, identity in enumerate(query) if cameras.get(identity.person, set()) - {identity.camera}]
+    if not found:
+        raise DataError(
+            f"none of {len(query)} query images has its person in the gallery under another camera; "
+            f"are query and gallery of one data set?"
+        )
+    return np.array(found, np.int64)
 
 
 def retrieval_metrics(
@@ -73,32 +95,26 @@ def retrieval_metrics(
     Raises:
         DataError: no query has a match in the gallery.
     """
+    matched = matched_queries(query, gallery)
     persons, cameras = _columns(gallery)
     directions = _unit(gallery_features)
     scores = []
-    for start in range(0, len(query), _CHUNK):
-        part = query[start : start + _CHUNK]
-        similarity = _unit(query_features[start : start + _CHUNK]) @ directions.T
-        for identity, order in zip(part, np.argsort(-similarity, axis=1, kind="stable"), strict=True):
-            same = persons == identity.person
-            seen = same & (cameras == identity.camera)
-            scores += _score(same[order[~seen[order]]])
-    if not scores:
-        raise DataError(
-            f"none of {len(query)} query images has its person in the gallery under another camera; "
-            f"are query and gallery of one data set?"
-        )
+    for start in range(0, len(matched), _CHUNK):
+        part = matched[start : start + _CHUNK]
+        similarity = _unit(query_features[part]) @ directions.T
+        for i, order in zip(part, np.argsort(-similarity, axis=1, kind="stable"), strict=True):
+            same = persons == query[i].person
+            seen = same & (cameras == query[i].camera)
+            scores.append(_score(same[order[~seen[order]]]))
     means = np.mean(scores, axis=0)
     return dict(zip(("mAP", "rank-1", "rank-5"), means.tolist(), strict=True))
 
 
-def _score(matches: NDArray[np.bool_]) -> list[tuple[float, bool, bool]]:
-    """Score one ranking: average precision, a match first, a match in the first five; nothing if there is none."""
+def _score(matches: NDArray[np.bool_]) -> tuple[float, bool, bool]:
+    """Score one ranking, which holds a match: average precision, a match first, a match in the first five."""
     [places] = np.nonzero(matches)
-    if not len(places):
-        return []
     precision = np.arange(1, len(places) + 1) / (places + 1)
-    return [(float(precision.mean()), bool(places[0] < 1), bool(places[0] < 5))]
+    return float(precision.mean()), bool(places[0] < 1), bool(places[0] < 5)
 
 
 def _columns(identities: Sequence[Identity]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,7 +14,7 @@ _MSMT_LISTS = {
     "gallery": ("list_gallery.txt",),
 }
 _MSMT_FOLDERS = {"train": ("train", "mask_train_v2"), "test": ("test", "mask_test_v2")}  # of V1, and of V2
-_MSMT_ROW = re.compile(r"(?P<image>(?:\S*/)?\d+_\d+_(?P<camera>\d+)_\S+)\s+(?P<person>\d+)", re.ASCII)
+_MSMT_ROW = re.compile(r"(?P<image>(?:\S*/)?\d+_\d+_(?P<camera>\d{1,18})_\S+)\s+(?P<person>\d{1,18})", re.ASCII)
 _MSMT_LAYOUT = (
     "the MSMT17 layout: list_train.txt and list_val.txt of images in train/ (in V2 mask_train_v2/), list_query.txt and "
     "list_gallery.txt of images in test/ (mask_test_v2/), a row as 0000/0000_000_01_0303morning_0015_0.jpg 0"

@@ -216,7 +216,7 @@ def test_bad_images_are_told(run, tmp_path):
     (folder / "images" / "045.png").write_bytes(b"no image")
     found = evaluate(str(run), tasks=[f"attributes={folder}"], device="cpu")
     [problem] = found.tasks["attributes"].problems
-    assert problem.startswith(f"{folder}: 045.png: cannot be read as an image")
+    assert problem.startswith(f"{folder}: images/045.png: cannot be read as an image")
     assert found.tasks["attributes"].images == {"val": 39}
     assert "1 bad left out, first " in found.as_text()
     for number in range(50, 54):

@@ -96,7 +96,7 @@ def test_a_mask_with_an_unknown_class_is_left_out(tmp_path):
     found, bench = score("parsing", folder, "linear", ("sky", *CLASSES), see_classes)
     assert found.images == {"val": 29}
     [problem] = bench.problems
-    assert problem.startswith(f"{folder}: val_4.png: ")
+    assert problem.startswith(f"{folder}: val_images/val_4.png: ")
     assert "class 9 in it" in problem
 
 

@@ -186,6 +186,13 @@ def test_a_limit_draws_by_seed_and_keeps_people_together():
         drawn.add(tuple(sorted(people[0])))
     assert len(drawn) > 3
     assert len(limit_splits(splits, 1, 0)["query"].samples) >= 1
+    # People whom the gallery lacks, or has from the same camera alone, cannot be found and are not drawn.
+    strangers = {"query": split([1, 2, 3], 1), "gallery": split([1, 0], 2)}
+    strangers["gallery"] = Split((*strangers["gallery"].samples, *split([2], 1).samples))
+    for seed in range(5):
+        assert [s.target for s in limit_splits(strangers, 1, seed)["query"].samples] == [Identity(1, 1)]
+    with pytest.raises(DataError, match="none of 2 query images has its person in the gallery under another camera"):
+        limit_splits({**strangers, "query": split([2, 3], 1)}, 1, 0)
 
     numbers = {"train": Split(tuple(Sample(str(i), i) for i in range(50)), ("label",))}
     kept = limit_splits(numbers, 10, 3)["train"]

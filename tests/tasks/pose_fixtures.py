@@ -35,6 +35,21 @@ def write_aic(folder: Path, split: str = "val") -> Path:
     return _write(folder, f"annotations/aic_{split}.json", document)
 
 
+def write_aic_original(folder: Path, split: str = "val") -> Path:
+    """As it was published: a folder for each part, corners of boxes, and flags 1 visible, 2 hidden, 3 not labelled."""
+    images = Path(AIC_FOLDERS[split])
+    records = []
+    for number in range(PEOPLE):
+        name = f"{number:040x}"
+        save_image(folder / images / f"{name}.jpg", np.full((*FRAME, 3), 90))
+        rows = np.column_stack([joints_of(number, 14), [{1: 2, 2: 3}.get(number, 1), *[1] * 13]])
+        box = [BOX[0], BOX[1], BOX[0] + BOX[2], BOX[1] + BOX[3]]
+        record = {"image_id": name, "url": "", "human_annotations": {"human1": box}}
+        records.append({**record, "keypoint_annotations": {"human1": rows.astype(int).ravel().tolist()}})
+    name, date = {"train": ("train", 20170909), "val": ("validation", 20170911)}[split]
+    return _write(folder, f"{images.parent}/keypoint_{name}_annotations_{date}.json", records)
+
+
 def write_crowdpose(folder: Path, part: str = "test", pattern: str = "crowdpose_{}.json") -> Path:
     """Crowd indices 0, 0.1, 0.5 and 0.8; no areas."""
     document = _document(folder / "images", [f"{part}{number}.jpg" for number in range(PEOPLE)], 14)

@@ -79,6 +79,8 @@ def test_only_the_part_asked_for_is_read(tmp_path, write):
             "annotation 1: ValueError: a box of 3 numbers; expected id, category_id, bbox and the id",
         ),
         ({"image_id": 7}, "annotation 1: KeyError: 7; expected"),
+        ({"category_id": 9}, r"annotation 1: unknown category_id 9; expected \d+ \(\w+\), \d+ \(\w+\)$"),
+        ({"category_id": [1]}, "annotation 1: TypeError"),
         ({"id": 0}, "annotation 0: another has the same id; expected one per person"),
         ({"bbox": None}, "annotation 1: TypeError"),
     ],
@@ -87,7 +89,7 @@ def test_coco_names_bad_boxes(tmp_path, change, message):
     folder = write_coco_boxes(tmp_path)
     path = folder / "annotations" / "instances_val2017.json"
     edit_json(path, lambda d: d["annotations"][1].update(change))
-    with pytest.raises(DataError, match=r"instances_val2017\.json: " + message + ".*more than 5 % are bad"):
+    with pytest.raises(DataError, match=r"instances_val2017\.json: " + message.rstrip("$") + ".*more than 5 % are bad"):
         read_detection(folder, "val")
     more = {"image_id": 103, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 5, 5]}
     edit_json(path, lambda d: d["annotations"].extend({**more, "id": 500 + number} for number in range(15)))
@@ -116,6 +118,7 @@ def test_coco_without_people(tmp_path):
     with pytest.raises(DataError, match=r"instances_val2017\.json: no frames"):
         read_detection(folder, "val")
     edit_json(path, lambda d: d["categories"].pop())
+    edit_json(path, lambda d: d["categories"].append({"id": [1], "name": "person"}))
     with pytest.raises(DataError, match="no category 'person' among dog; expected the COCO layout"):
         read_detection(folder, "val")
     path.write_text("{")
@@ -151,6 +154,7 @@ def test_crowdhuman_names_bad_lines(tmp_path, change, message):
     [
         ({"fbox": [99, 8, 20, 30]}, r"line 2, box 1: its box \[99, 8, 20, 30\] covers nothing of an image of 64x48"),
         ({"vbox": [0, 8, math.nan, 30]}, "line 2, box 1: its visible box is not finite"),
+        ({"tag": "pedestrian"}, "line 2, box 1: unknown tag 'pedestrian'; expected person or mask"),
         ({"tag": None, "fbox": "none"}, "line 2, box 1: ValueError.*expected tag and fbox"),
     ],
 )

@@ -55,6 +55,10 @@ def test_without_a_list_the_classes_are_those_of_lip(tmp_path):
             lambda lip: (lip / "val_images" / "val_0.png").unlink(),
             "line 1: names 'val_0', which is not in .*val_images",
         ),
+        (
+            lambda lip: (lip / "val_id.txt").write_text("val_1.png\n"),
+            "line 1: names 'val_1.png', which is not in .*val_images; expected names without suffix, the LIP layout",
+        ),
         (lambda lip: (lip / "val_id.txt").write_text("val_1\n\nval_1\n"), "line 3: 'val_1' is listed before"),
         (lambda lip: (lip / "classes.txt").write_text("a\na\n"), r"classes\.txt: 2 names, 1 different"),
     ],

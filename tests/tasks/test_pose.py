@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from dpal_edge.errors import DataError
+from dpal_edge.tasks.aic import AIC_JOINTS
 from dpal_edge.tasks.labels import flip_pairs
 from dpal_edge.tasks.mpii import MPII_JOINTS
 from dpal_edge.tasks.oks import oks_sigmas
 from dpal_edge.tasks.pose import Pose, oks_ap, pck, pckh, pose_metrics, read_coco_keypoints
-from dpal_edge.tasks.pose_layouts import AIC_JOINTS, COCO_JOINTS, CROWDPOSE_JOINTS
+from dpal_edge.tasks.pose_layouts import COCO_JOINTS, CROWDPOSE_JOINTS
 from tests.tasks.layouts import JOINTS, SIZE, write_coco
 from tests.tasks.pose_fixtures import pose_split, random_people
 
@@ -64,9 +65,21 @@ def _bad_annotations():
             lambda d: d["annotations"][1].update(image_id=77),
             "annotation 1: KeyError: 77; expected .* the id of an image",
         ),
+        (
+            lambda d: d["annotations"][1].update(bbox=[], area=0),
+            "annotation 1: ValueError: a box of 0 numbers; expected id, bbox, 5 times",
+        ),
+        (
+            lambda d: d["annotations"][1].update(category_id=9),
+            r"annotation 1: unknown category_id 9; expected 1 \(person\)$",
+        ),
+        (
+            lambda d: d["annotations"][1]["keypoints"].__setitem__(slice(3), [99, 3, 2]),
+            r"annotation 1: its joint at 99\.5, 3\.5 is far outside an image of 32x32; correct it$",
+        ),
         (lambda d: d["annotations"][1].update(id=0), "annotation 0: another has the same id"),
         (lambda d: d["annotations"][1].pop("id"), "annotation number 2 of the list: KeyError: 'id'"),
-        (lambda d: d["annotations"].__setitem__(1, None), "annotation number 2 of the list: AttributeError"),
+        (lambda d: d["annotations"].__setitem__(1, None), "annotation number 2 of the list: TypeError"),
     ]
 
 
@@ -74,7 +87,7 @@ def _bad_annotations():
 def test_reader_refuses_too_many_bad_annotations_and_names_the_first(tmp_path, change, message):
     folder = write_coco(tmp_path)
     _edit(folder, change)
-    with pytest.raises(DataError, match=r"person_keypoints_val\.json: " + message + TOO_MANY):
+    with pytest.raises(DataError, match=r"person_keypoints_val\.json: " + message.rstrip("$") + TOO_MANY):
         read_coco_keypoints(folder, "val")
 
 

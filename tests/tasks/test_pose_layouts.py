@@ -1,21 +1,25 @@
 """Pose data in the layouts it is published in."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpal_edge.errors import DataError
+from dpal_edge.tasks.aic import AIC_JOINTS
 from dpal_edge.tasks.labels import flip_pairs
 from dpal_edge.tasks.mpii import MPII_JOINTS
-from dpal_edge.tasks.pose_layouts import AIC_JOINTS, COCO_JOINTS, CROWDPOSE_JOINTS, read_pose
+from dpal_edge.tasks.pose_layouts import COCO_JOINTS, CROWDPOSE_JOINTS, read_pose
 from tests.tasks.layouts import write_coco
 from tests.tasks.pose_fixtures import (
+    AIC_FOLDERS,
     BOX,
     PEOPLE,
     edit_json,
     joints_of,
     write_aic,
+    write_aic_original,
     write_crowdpose,
     write_humanart,
     write_mpii,
@@ -29,6 +33,7 @@ LEFT, TOP, WIDTH, HEIGHT = BOX
     ("write", "protocol", "names", "area"),
     [
         (write_aic, "aic", AIC_JOINTS, 0.53 * WIDTH * HEIGHT),
+        (write_aic_original, "aic", AIC_JOINTS, 0.53 * WIDTH * HEIGHT),
         (write_crowdpose, "crowdpose", CROWDPOSE_JOINTS, 0.53 * WIDTH * HEIGHT),
         (write_ochuman, "ochuman", COCO_JOINTS, 300),
         (write_humanart, "humanart", COCO_JOINTS, 300),
@@ -52,8 +57,51 @@ def test_aic_train_has_its_own_folder_of_images(tmp_path):
     folder = write_aic(tmp_path, "train")
     assert read_pose(folder, "train").samples[0].image.parts[-3] == "ai_challenger_keypoint_train_20170902"
     with pytest.raises(
-        DataError, match=r"validation_images_20170911: missing; expected the AI Challenger layout: ann.*aic_val"
+        DataError, match=r"no folder keypoint_validation_images_\* in it; expected the AI Challenger lay"
     ):
+        read_pose(folder, "val")
+    (folder / "annotations" / "aic_val.json").unlink(missing_ok=True)
+    (folder / "val" / "keypoint_validation_images_20170911").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"annotations/aic_val\.json: missing; expected the AI Challenger layout"):
+        read_pose(folder, "val")
+
+
+def test_aic_is_read_in_the_folder_of_a_part_too_and_a_conversion_first(tmp_path):
+    folder = write_aic_original(write_aic_original(tmp_path), "train")
+    for split in ("train", "val"):
+        inside, both = read_pose(folder / Path(AIC_FOLDERS[split]).parent, split), read_pose(folder, split)
+        images = [sample.image for sample in both.samples]
+        assert [sample.image for sample in inside.samples] == images
+        assert len(images) == PEOPLE
+    edit_json(write_aic(folder) / "annotations" / "aic_val.json", lambda d: d["annotations"].pop())
+    assert len(read_pose(folder, "val").samples) == PEOPLE - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d[0].pop("keypoint_annotations"),
+            "image number 1 of the list: KeyError: 'keypoint_annotations'; ex",
+        ),
+        (lambda d: d.__setitem__(0, None), "image number 1 of the list: TypeError: .*; expected image_id, human_annot"),
+        (lambda d: d[1].update(image_id="0" * 40), "image number 2 of the list: 0{40} is listed before; expected each"),
+        (lambda d: d[0].update(image_id="gone"), r"image number 1 of the list: no image .*gone\.jpg"),
+        (lambda d: d[0]["human_annotations"].pop("human1"), "image 0{40}, human1: KeyError: 'human1'; expected a box"),
+        (lambda d: d[0]["human_annotations"].update(human1=[9, 9, 9]), "image 0{40}, human1: ValueError"),
+        (lambda d: d[0]["human_annotations"].update(human1=[9, 9, 9, 20]), "image 0{40}, human1: its box .*covers not"),
+        (lambda d: d[0]["keypoint_annotations"]["human1"].pop(), "image 0{40}, human1: ValueError: cannot reshape"),
+        (lambda d: d.clear(), "no person with a labelled joint; expected the AI Challenger layout"),
+    ],
+)
+def test_aic_names_what_is_bad(tmp_path, change, message):
+    folder = write_aic_original(tmp_path)
+    [path] = folder.glob("*/*.json")
+    edit_json(path, change)
+    with pytest.raises(DataError, match=rf"keypoint_validation_annotations_20170911\.json: {message}"):
+        read_pose(folder, "val")
+    path.write_text("{}")
+    with pytest.raises(DataError, match="not a list of images; expected the AI Challenger layout"):
         read_pose(folder, "val")
 
 

@@ -49,6 +49,18 @@ def test_reader_needs_people(market):
         read_market(market / "empty", "query")
 
 
+def test_reader_tells_of_images_in_folders(tmp_path):
+    query = write_market(tmp_path, people=40) / "query"
+    (query / ".thumbnails").mkdir()
+    (query / "notes").mkdir()
+    (query / "notes" / "a.txt").touch()
+    (query / "more").mkdir()
+    (query / "more" / "0001_c1s1_000001_00.png").touch()
+    split = read_market(tmp_path, "query")
+    assert len(split.samples) == 40
+    assert split.problems == (f"{query}: more: a folder, whose images are not read; move them into the one above",)
+
+
 def _angles(*degrees):
     return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1).astype(np.float32)
 
