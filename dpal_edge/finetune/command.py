@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dpal_edge.finetune.config import FinetuneConfig, build_config
 from dpal_edge.finetune.presets import PRESETS
 from dpal_edge.finetune.run import Summary, run_finetuning
 from dpal_edge.finetune.watcher import Watcher
-from dpal_edge.tasks.table import TEACHERS
+from dpal_edge.tasks.table import TEACHERS, parse_tasks
 from dpal_edge.train.config import parse_setting, read_config
 from dpal_edge.train.panel import named
 from dpal_edge.train.setup import read_run_config
@@ -47,10 +48,10 @@ def resolve(
     fields = (read_run_config(run) if resume else {}) | (PRESETS[preset] if preset else {})
     fields |= read_config(file) if file else {}
     fields |= {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if value}
-    fields |= dict(parse_setting(text) for text in settings)
+    fields |= _collect(settings)
     if not fields.get("init"):
         raise ConfigError("no init: give --init CHECKPOINT, or --init random:vit_tiny to learn from nothing")
-    return build_config(_anchored(fields))
+    return _anchored(build_config(fields))
 
 
 def finetune(config: FinetuneConfig, run: Path, *, resume: bool, say: Say) -> int:
@@ -88,6 +89,8 @@ class Lines(Watcher):
             if told["replaces"]:
                 head = f"new {head} (the init's has another kind, other labels or channels)"
             self._say(f"{task:<11}{told['examples']} examples, {told['per_update']} in each update, {head}{bad}")
+        if facts["dropped"]:
+            self._say(f"not kept   the init's heads for {', '.join(facts['dropped'])}: no --task trains them here")
         self._say(f"device     {facts['device']} in {facts['precision']}")
         self._say(f"updates    {facts['from_step']} to {facts['steps']} of "
                   f"{sum(t['per_update'] for t in facts['tasks'].values())} images")  # fmt: skip
@@ -147,17 +150,25 @@ def describe(summary: Summary, run: Path) -> str:
     return "\n".join(lines)
 
 
-def _anchored(fields: dict[str, Any]) -> dict[str, Any]:
+def _collect(settings: tuple[str, ...]) -> dict[str, Any]:
+    """Parse ``KEY=VALUE`` settings; what is a number for each task may be given once for each."""
+    found: dict[str, Any] = {}
+    for name, value in map(parse_setting, settings):
+        if name in ("share", "weight") and isinstance(value, str):
+            earlier = found.get(name, [])
+            value = [*(earlier if isinstance(earlier, list) else [earlier]), value]
+        found[name] = value
+    return found
+
+
+def _anchored(config: FinetuneConfig) -> FinetuneConfig:
     """Make the paths of data and models absolute, so that a resumed run finds them from any folder."""
-    anchored = dict(fields)
-    tasks = fields.get("task", ())
-    parts = (text.partition("=") for text in ([tasks] if isinstance(tasks, str) else tasks))
-    anchored["task"] = [f"{name}={Path(folder).resolve()}" if equals else name for name, equals, folder in parts]
-    for name in ("paste", "backgrounds"):
-        if fields.get(name):
-            anchored[name] = str(Path(fields[name]).resolve())
+    tasks = tuple(f"{task}={folder.resolve()}" for task, folder in parse_tasks(config.task).items())
+    paths: dict[str, Any] = {
+        name: str(Path(folder).resolve()) for name in ("paste", "backgrounds") if (folder := getattr(config, name))
+    }
     for name in ("init", "detection_teacher", *TEACHERS.values()):
-        file, mark, options = str(fields.get(name) or "").partition("?")
+        file, mark, options = str(getattr(config, name) or "").partition("?")
         if file and Path(file).exists():
-            anchored[name] = f"{Path(file).resolve()}{mark}{options}"
-    return anchored
+            paths[name] = f"{Path(file).resolve()}{mark}{options}"
+    return replace(config, task=tasks, **paths)

@@ -13,6 +13,7 @@ from dpal_edge.train.config import check_fields, coerce
 _POSITIVE = ("steps", "batch", "lr", "log_every", "save_every", "keep", "parsing_channels", "embedding_channels",
              "evaluate_images")  # fmt: skip
 _SHARES = ("warmup", "layer_decay", "ema_decay", "drop_path", "mix", "paste_share", "mosaic")
+_PEOPLE, PER_PERSON = 2, 4  # people at least, and images of each, in an update that learns labelled identities
 _WEIGHTS = {"attributes": 0.1}  # a sum over attributes would drown the others
 _FAR_SHARE = 0.5  # of views that a teacher of embeddings sees, reduced as if the person were far away
 _GENTLE_TURN = 10.0  # degrees: people who are recognised stand upright
@@ -42,7 +43,8 @@ class FinetuneConfig:
     detection_teacher: str | None = None  # checkpoint with a head for detection: learned beside the boxes
     freeze_backbone: bool = False  # train heads alone
     freeze_blocks: int = 0  # of a ViT: the embedding and so many blocks stay as they are, which also saves time
-    window: tuple[int, int] | None = None  # rows, columns of patches that most blocks of a detector attend within
+    window: tuple[int, int] | None = None  # rows, columns of patches that most blocks of a detector attend within;
+    # None: the init's own where it fits, else all
 
     # Which images an update sees
     batch: int = 64  # images per update, over all tasks
@@ -113,14 +115,22 @@ class FinetuneConfig:
             raise ConfigError(f"{setting} is given, but no unlabelled images to learn from: give --task {task}=DIR")
         if self.detection_teacher and "detection" not in tasks:
             raise ConfigError("detection_teacher is given, but no frames to learn from: give --task detection=DIR")
-        if len(tasks) > self.batch:
-            raise ConfigError(f"batch is {self.batch}, expected at least one image of each of {len(tasks)} tasks")
+        least = sum(self._least(task) for task in tasks)
+        if self.batch < least:
+            people = f", of labelled reid {PER_PERSON} of each of {_PEOPLE} people" if least > len(tasks) else ""
+            raise ConfigError(f"batch is {self.batch}, expected at least {least}: an image of each task{people}")
+
+    def _least(self, task: str) -> int:
+        """Return how few images of a task an update can learn from: identities are told from each other."""
+        return _PEOPLE * PER_PERSON if task == "reid" and task not in self.unlabelled else 1
 
     def _numbers(self, name: str) -> dict[str, float]:
         """Parse ``TASK=NUMBER`` settings."""
         found = {}
         for text in getattr(self, name):
             task, _, value = text.partition("=")
+            if "," in value:
+                raise ConfigError(f"{name} {text!r}: one TASK=NUMBER; repeat --set {name}=TASK=NUMBER for each task")
             number = coerce(float, value, f"{name} {text!r}")
             if task not in TASKS or number <= 0:
                 raise ConfigError(f"{name} {text!r}: expected TASK=NUMBER, for example pose=2, the number above 0")
@@ -128,14 +138,18 @@ class FinetuneConfig:
         return found
 
     def counts(self, examples: dict[str, int]) -> dict[str, int]:
-        """Divide the batch by ``share``, or by the square root of ``examples``; each task gets at least one image."""
+        """Divide the batch by ``share``, or by the square root of ``examples``; each task gets at least one image.
+
+        Labelled re-identification gets 4 images of each of two people or more, and alone may not fill the batch.
+        """
         given = self._numbers("share")
         parts = {task: given.get(task, float(count) ** 0.5 if not given else 1.0) for task, count in examples.items()}
-        total = sum(parts.values())
-        counts = {task: max(1, int(self.batch * part / total)) for task, part in parts.items()}
-        for task in sorted(parts, key=lambda task: counts[task] - self.batch * parts[task] / total):
-            if sum(counts.values()) < self.batch:
-                counts[task] += 1
+        total, counts = sum(parts.values()), {task: self._least(task) for task in parts}
+        steps = {task: PER_PERSON if count > 1 else 1 for task, count in counts.items()}
+        while fitting := [task for task in parts if sum(counts.values()) + steps[task] <= self.batch]:
+            lacking = {task: (self.batch * parts[task] / total - counts[task]) / steps[task] for task in fitting}
+            task = max(lacking, key=lacking.__getitem__)
+            counts[task] += steps[task]
         return counts
 
     def loss_weight(self, task: str) -> float:

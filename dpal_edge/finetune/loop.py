@@ -18,7 +18,7 @@ from dpal_edge.models.vit import normalize
 from dpal_edge.train.loop import DTYPES, autocast, ema_decay, is_out_of_memory
 from dpal_edge.train.optimizer import build_optimizer
 
-_UNDECAYED = ("pos_embed", "cls_token", "queries")  # beside tensors of one axis
+_UNDECAYED = ("pos_embed", "cls_token", "queries", "table")  # beside tensors of one axis
 
 
 @dataclass

@@ -79,10 +79,11 @@ def _follow(session: Session) -> Summary:
                     break
                 if state.step < config.steps:
                     metrics.paused += _keep(session)
-        seconds = time.perf_counter() - metrics.started - metrics.paused
-        checkpoint = session.save()
-        if config.evaluate_every and state.step == config.steps:  # after a stop signal there may be little time
-            session.evaluate()
+            seconds = time.perf_counter() - metrics.started - metrics.paused
+            session.check_skipped()
+            checkpoint = session.save()
+            if config.evaluate_every and first < state.step == config.steps:  # after a signal there may be little time
+                session.evaluate()
     finally:
         trackers.close()
     return Summary(

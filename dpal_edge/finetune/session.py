@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dpal_edge import __version__
-from dpal_edge.errors import DataError, ModelFileError
+from dpal_edge.errors import DataError, DpalEdgeError, ModelFileError
 from dpal_edge.evaluate.command import read_splits
+from dpal_edge.evaluate.labels import label_columns
+from dpal_edge.evaluate.predictor import head_info
 from dpal_edge.evaluate.validation import evaluate_model
 from dpal_edge.files import append_lines, read_lines, write_text
 from dpal_edge.finetune.config import FinetuneConfig
@@ -30,6 +32,7 @@ from dpal_edge.finetune.setup import (
 )
 from dpal_edge.finetune.watcher import Watcher
 from dpal_edge.models.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints, write_checkpoint
+from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.models.students import config_to_dict
 from dpal_edge.tasks.sample import TOLERANCE
 from dpal_edge.tasks.table import parse_tasks
@@ -42,6 +45,9 @@ MAY_CHANGE = frozenset(
     {"steps", "lr", "clip", "precision", "device", "workers", "log_every", "save_every", "keep", "trackers"}
     | {"batch", "evaluate_every", "evaluate_images"}
 )  # between start and resume
+
+
+_SKIPPED = "skipped.jsonl"
 
 
 class Session:
@@ -64,6 +70,7 @@ class Session:
             keep_freed_memory()
         model = build_model(start, self.objectives, config)
         had = start.trained.configs if start.trained and saved is None else {}
+        self.dropped = sorted(had.keys() - model.configs.keys())
         self.replaced = {task for task, head in model.configs.items() if had.get(task, head) != head}  # of the init's
         mean, std = tuple(start.facts["mean"]), tuple(start.facts["std"])
         self.state = build_state(model, self.objectives, config, device, precision, mean=mean, std=std)
@@ -75,12 +82,27 @@ class Session:
         folders = parse_tasks(config.task)
         self.folders = {task: folder for task, folder in folders.items() if task not in config.unlabelled}
         if config.evaluate_every:
-            read_splits(self.folders)  # what an evaluation hours from now will need
+            self._check_evaluation()
         if saved is not None:
             self._restore(saved)
 
+    def _check_evaluation(self) -> None:
+        """Refuse now what an evaluation hours from now would stumble over."""
+        for task, splits in read_splits(self.folders).items():
+            config = self.state.model.configs[task]
+            head = head_info(task, config.kind, config.labels)
+            for split in splits.values() if head.labels else ():
+                label_columns(split.labels, head, self.folders[task])
+
     def _restore(self, saved: Checkpoint) -> None:
         """Put the state back to where ``saved`` was written."""
+        for task, head in self.state.model.configs.items():
+            before, now = HeadConfig.from_dict(saved.metadata["heads"][task]).to_dict(), head.to_dict()
+            if changed := [f"{name} were {before[name]}, are {now[name]}" for name in now if now[name] != before[name]]:
+                raise ModelFileError(
+                    f"{self.folder}: the head for {task} has changed since the run began: {', '.join(changed)}; put "
+                    f"the data back"
+                )
         if saved.metadata["images"]["sha256"] != self.digest:
             raise ModelFileError(f"{self.folder}: the images have changed since the run began; put them back")
         now = self._taught_by()
@@ -100,8 +122,6 @@ class Session:
         if state.scaler.is_enabled() and saved.metadata["scaler"]:
             state.scaler.load_state_dict(saved.metadata["scaler"])
         state.step, self.losses = saved.metadata["step"], saved.metadata["validation"]
-        earlier = {line["file"]: line["reason"] for line in read_lines(self.folder / "skipped.jsonl")}
-        self.skipped.update(earlier | self.skipped)
 
     def write_start(self) -> None:
         """Write what is known before the first update; drop numbers of updates that a crash undid."""
@@ -111,6 +131,7 @@ class Session:
         write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         problems = [{"task": t, "problem": text} for t, o in self.objectives.items() for text in o.problems]
         write_text(self.folder / "problems.jsonl", "".join(f"{json.dumps(line)}\n" for line in problems))
+        (self.folder / _SKIPPED).unlink(missing_ok=True)  # what an earlier session could not use may be mended
         for name in ("metrics.jsonl", "validation.jsonl", "scores.jsonl"):
             kept = [line for line in read_lines(self.folder / name) if line["step"] <= self.state.step]
             write_text(self.folder / name, "".join(f"{json.dumps(line)}\n" for line in kept))
@@ -127,6 +148,7 @@ class Session:
             "tasks": {t: {"examples": len(o), "per_update": self.counts[t], "head": o.head.kind, "bad": len(o.problems),
                           "replaces": t in self.replaced}
                       for t, o in self.objectives.items()},
+            "dropped": self.dropped,
             "device": str(self.state.device),
             "precision": self.state.precision,
             "from_step": self.state.step,
@@ -199,7 +221,7 @@ class Session:
             self.scores = evaluate_model(
                 model, self.folders, mean=state.mean, std=state.std, device=state.device, limit=config.evaluate_images
             )
-        except DataError as error:  # so few images may leave a metric undefined, which is no reason to stop training
+        except DpalEdgeError as error:  # few images may leave a metric undefined, and files may have gone since
             self.watcher.unevaluated(state.step, str(error))
             return
         append_lines(self.folder / "scores.jsonl", [{"step": state.step, **self.scores}])
@@ -209,7 +231,7 @@ class Session:
         return min(self.losses, key=self.losses.__getitem__, default="ema")
 
     def check_skipped(self) -> None:
-        """Write ``skipped.jsonl``; stop where too many files cannot be used.
+        """Write ``skipped.jsonl``; save and stop where too many files cannot be used.
 
         Raises:
             DataError: more than 5 % of the examples.
@@ -217,13 +239,14 @@ class Session:
         if not self.skipped:
             return
         lines = [{"file": file, "reason": reason} for file, reason in sorted(self.skipped.items())]
-        write_text(self.folder / "skipped.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+        write_text(self.folder / _SKIPPED, "".join(f"{json.dumps(line)}\n" for line in lines))
         total = sum(map(len, self.objectives.values()))
         if len(self.skipped) > TOLERANCE * total:
             reason = next(iter(self.skipped.values()))
+            self.save()  # nothing is wrong with what was learned
             raise DataError(
                 f"{len(self.skipped)} of {total} images cannot be used (more than {100 * TOLERANCE:g} %), for example "
-                f"{reason}; all are in {self.folder / 'skipped.jsonl'}"
+                f"{reason}; all are in {self.folder / _SKIPPED}; what was learned is saved, --resume goes on"
             )
 
 

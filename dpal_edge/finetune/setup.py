@@ -188,7 +188,7 @@ def build_model(start: Start, objectives: Mapping[str, Objective], config: Finet
         )
     [size] = sizes
     torch.manual_seed(config.seed)  # of the new heads
-    backbone = resize_student(start.backbone, size, window=config.window)
+    backbone = resize_student(start.backbone, size, window=config.window or _own_window(start.backbone, size))
     if isinstance(backbone, VisionTransformer):
         backbone.set_drop_path(config.drop_path)
     model = HumanModel(backbone, {task: objective.head for task, objective in objectives.items()})
@@ -201,6 +201,14 @@ def build_model(start: Start, objectives: Mapping[str, Objective], config: Finet
                 own.load_state_dict(head.state_dict())
     _freeze(model, config)
     return model
+
+
+def _own_window(backbone: Student, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the window that a ViT has learned to attend within, where it divides the patches of ``size``."""
+    if not isinstance(backbone, VisionTransformer) or (window := backbone.config.window) is None:
+        return None
+    grid = [side // backbone.config.patch_size for side in size]
+    return window if all(patches % rows == 0 for patches, rows in zip(grid, window, strict=True)) else None
 
 
 def _freeze(model: HumanModel, config: FinetuneConfig) -> None:

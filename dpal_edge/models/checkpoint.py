@@ -92,9 +92,10 @@ class Checkpoint:
 
 
 def limits_of(metadata: dict[str, Any]) -> str:
-    """Return what limits the use of a checkpoint: its own limits and those of what it was distilled from."""
+    """Return what limits the use of a checkpoint: its own limits, its origin's, those of what it was distilled from."""
+    origin = (metadata.get("origin") or {}).get("limits", "")
     inherited = {passport.get("limits", "") for passport in metadata.get("teachers", [])} - {""}
-    limits = [metadata.get("limits", ""), *(f"Its teacher's: {text}" for text in sorted(inherited))]
+    limits = [metadata.get("limits", ""), origin, *(f"Its teacher's: {text}" for text in sorted(inherited))]
     return " ".join(text for text in limits if text)
 
 

@@ -255,7 +255,7 @@ def _as_plain(hint: Any, value: Any) -> Any:
 
 
 def check_fields(config: Any, *, positive: tuple[str, ...] = (), shares: tuple[str, ...] = ()) -> None:
-    """Check a dataclass of settings: literals, ``positive`` numbers or tuples of them, ``shares`` of 0 to 1.
+    """Check a dataclass of settings: literals, seeds, ``positive`` numbers or tuples of them, ``shares`` of 0 to 1.
 
     Raises:
         ConfigError: the first that is wrong.
@@ -264,6 +264,9 @@ def check_fields(config: Any, *, positive: tuple[str, ...] = (), shares: tuple[s
         if typing.get_origin(hint) is Literal and getattr(config, name) not in typing.get_args(hint):
             choices = ", ".join(typing.get_args(hint))
             raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {choices}")
+    for name in ("seed", "data_seed"):
+        if (seed := getattr(config, name, None) or 0) >= 2**63:
+            raise ConfigError(f"{name} is {seed}, expected less than 2^63")
     for name in positive:
         value = getattr(config, name)
         if min(value if isinstance(value, tuple) else (value,)) <= 0:

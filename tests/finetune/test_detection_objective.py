@@ -220,7 +220,7 @@ def test_plain_example_is_the_letterboxed_frame(tmp_path):
     assert example["kind"][:4].tolist() == [2, 1, 1, 0]  # the largest first
     assert example["boxes"][0].tolist() == [0, 0, 64, 64]
     np.testing.assert_allclose(example["boxes"][1], [6.4, 6.4, 19.2, 32], rtol=1e-5)
-    assert example["boxes"].shape == (256, 4)
+    assert example["boxes"].shape == (1024, 4)
 
 
 def test_examples_are_functions_of_the_generator(objective):

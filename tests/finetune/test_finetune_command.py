@@ -63,6 +63,27 @@ def test_what_comes_later_wins(folders, tmp_path):
     assert (config.batch, config.lr, config.steps, config.layer_decay) == (8, 2e-4, 7, 0.75)
 
 
+def test_numbers_of_tasks_are_given_one_by_one(folders, tmp_path):
+    settings = ("share=pose=2", "share=parsing=1", 'weight=["pose=3"]', "weight=parsing=2")
+    task = tuple(f"{name}={folders[name]}" for name in ("pose", "parsing"))
+    config = resolve(tmp_path / "run", init="random:vit_tiny", task=task, settings=settings)
+    assert (config.share, config.weight) == (("pose=2", "parsing=1"), ("pose=3", "parsing=2"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("task=5", "task '5': expected NAME=DIR"),
+        ("task=null", "task is None, expected str"),
+        ("paste=true", "paste is True, expected str"),
+        ("share=5", "share '5'"),
+    ],
+)
+def test_values_of_another_type_are_one_line(folders, tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(tmp_path / "run", init="random:vit_tiny", task=(f"pose={folders['pose']}",), settings=(setting,))
+
+
 def test_paths_are_kept_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layouts.write_coco(tmp_path / "coco")

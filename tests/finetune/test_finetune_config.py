@@ -20,7 +20,8 @@ def test_settings_survive_json():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid(name):
-    assert build_config({**BASE, **PRESETS[name]}).steps == PRESETS[name]["steps"]
+    config = build_config({**BASE, "task": ["detection=/data/coco"], **PRESETS[name]})
+    assert config.steps == PRESETS[name]["steps"]
 
 
 def test_the_command_line_knows_the_presets():
@@ -28,13 +29,31 @@ def test_the_command_line_knows_the_presets():
 
 
 def test_the_batch_is_divided_by_the_square_root_of_the_examples():
-    assert build_config({**BASE, "batch": 40}).counts({"pose": 900, "reid": 100}) == {"pose": 30, "reid": 10}
+    config = build_config({**BASE, "task": ["pose=/data/coco", "parsing=/data/lip"], "batch": 40})
+    assert config.counts({"pose": 900, "parsing": 100}) == {"pose": 30, "parsing": 10}
 
 
 def test_the_batch_is_divided_by_shares():
-    config = build_config({**BASE, "batch": 10, "share": ["pose=2"]})
-    assert config.counts({"pose": 1, "reid": 100}) == {"pose": 7, "reid": 3}
-    assert build_config({**BASE, "batch": 2, "share": ["pose=99"]}).counts({"pose": 9, "reid": 9})["reid"] == 1
+    tasks = {"task": ["pose=/data/coco", "parsing=/data/lip", "detection=/data/coco"]}
+    config = build_config({**BASE, **tasks, "batch": 10, "share": ["pose=2"]})
+    assert config.counts({"pose": 1, "parsing": 100}) == {"pose": 7, "parsing": 3}
+    config = build_config({**BASE, **tasks, "batch": 4, "share": ["pose=99"]})
+    assert config.counts({"pose": 9, "parsing": 9, "detection": 9}) == {"pose": 2, "parsing": 1, "detection": 1}
+
+
+def test_labelled_identities_come_in_several_people_of_four_images():
+    published = {"reid": 12_936, "pose": 149_813, "parsing": 30_462, "attributes": 80_000}
+    tasks = {"task": [f"{task}=/data" for task in published]}
+    config = build_config({**BASE, **tasks, "batch": 48})
+    assert config.counts(published) == {"reid": 8, "pose": 19, "parsing": 8, "attributes": 13}
+    config = build_config({**BASE, **tasks, "batch": 64, "share": ["reid=5", "pose=1", "parsing=1", "attributes=1"]})
+    assert config.counts(published) == {"reid": 40, "pose": 8, "parsing": 8, "attributes": 8}
+    alone = build_config({**BASE, "task": ["reid=/data"], "batch": 30})
+    assert alone.counts({"reid": 9}) == {"reid": 28}
+    taught = build_config({**BASE, "task": ["reid=/data"], "batch": 3, "reid_teacher": "model.xml"})
+    assert taught.counts({"reid": 9}) == {"reid": 3}
+    with pytest.raises(ConfigError, match=r"batch is 1, expected at least 2: an image of each task$"):
+        build_config({**BASE, "task": ["pose=/data", "parsing=/data"], "batch": 1})
 
 
 def test_weights_of_losses():
@@ -71,7 +90,9 @@ def test_views_that_a_teacher_sees_differ_more():
         ({"share": ["pose"]}, "share 'pose' is '', expected float"),
         ({"share": ["pose=0"]}, "share 'pose=0': expected TASK=NUMBER, for example pose=2, the number above 0"),
         ({"weight": ["parsing=1"]}, "weight names parsing, expected tasks of this run: pose, reid"),
-        ({"batch": 1}, "batch is 1, expected at least one image of each of 2 tasks"),
+        ({"batch": 8}, "batch is 8, expected at least 9: an image of each task, of labelled reid 4 of each of 2 peop"),
+        ({"share": ["pose=1,reid=2"]}, "share 'pose=1,reid=2': one TASK=NUMBER; repeat --set share=TASK=NUMBER for"),
+        ({"seed": 2**63}, "seed is 9223372036854775808, expected less than 2\\^63"),
         ({"task": ["pose=x"], "reid_teacher": "t.xml"}, "no unlabelled images to learn from: give --task reid=DIR"),
         ({"attribute_teacher": "t"}, "attribute_teacher is given, but no .* give --task attributes=DIR"),
     ],

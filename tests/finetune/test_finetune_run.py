@@ -161,7 +161,7 @@ def test_crops_stay_as_large_as_the_init_had_them(settings, tmp_path):
 
 
 def test_a_head_that_normalises_over_people_needs_two(settings, tmp_path):
-    config = build_config({**settings, "attribute_head": "linear", "batch": 4, "share": []})
+    config = build_config({**settings, "attribute_head": "linear", "batch": 11, "share": []})
     with pytest.raises(ConfigError, match="attributes gets 1 image of each update, and its linear head normalises"):
         run_finetuning(config, tmp_path / "run")
 
@@ -260,7 +260,8 @@ def test_an_unreadable_image_is_replaced_and_named(settings, tmp_path):
     assert "cannot be read as an image" in (tmp_path / "run" / "skipped.jsonl").read_text()
     (folder / "images" / "003.png").write_bytes((folder / "images" / "004.png").read_bytes())
     resumed = run_finetuning(replace(config, steps=6), tmp_path / "run", resume=True)
-    assert resumed.skipped == summary.skipped  # files that once failed still count
+    assert resumed.skipped == {}  # it was mended
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
 
 
 def test_too_many_unreadable_images_end_the_run(settings, tmp_path):
@@ -268,8 +269,16 @@ def test_too_many_unreadable_images_end_the_run(settings, tmp_path):
     for i in range(0, 40, 4):
         (folder / "images" / f"{i:03d}.png").write_bytes(b"no image")
     config = build_config({**settings, "task": [f"attributes={folder}"], "share": [], "steps": 50})
-    with pytest.raises(DataError, match=r"of \d+ images cannot be used \(more than 5 %\), for example "):
+    with pytest.raises(
+        DataError, match=r"of \d+ images cannot be used \(more than 5 %\), for example .*is saved, --resum"
+    ):
         run_finetuning(config, tmp_path / "run")
+    begun = read_newest(tmp_path / "run")[1].metadata["step"]
+    assert begun > 0
+    for i in range(0, 40, 4):
+        (folder / "images" / f"{i:03d}.png").write_bytes((folder / "images" / "001.png").read_bytes())
+    summary = run_finetuning(replace(config, steps=begun + 1), tmp_path / "run", resume=True)
+    assert (summary.step, summary.skipped) == (begun + 1, {})
 
 
 def test_a_mask_with_an_unknown_class_is_named(settings, tmp_path):
@@ -290,6 +299,63 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, tmp_path):
         run_finetuning(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("order", ["bright,red,never", "red,bright,never,new"])
+def test_other_labels_than_at_the_start_are_refused(settings, tmp_path, order):
+    folder = layouts.write_attributes(tmp_path / "attributes", images=40)
+    config = build_config({**settings, "task": [f"attributes={folder}"], "share": []})
+    run_finetuning(config, tmp_path / "run")
+    [path] = folder.glob("*.csv")
+    rows = path.read_text().splitlines()[1:]
+    more = ",1" * (order.count(",") - 2)
+    path.write_text("\n".join([f"image,split,{order}", *(row + more for row in rows)]))
+    with pytest.raises(
+        ModelFileError, match=r"the head for attributes has changed since the run began: labels were .*'re"
+    ):
+        run_finetuning(replace(config, steps=6), tmp_path / "run", resume=True)
+
+
+def test_a_signal_during_the_last_save_does_not_lose_it(settings, tmp_path):
+    class Late(Watcher):
+        def saved(self, path, validation):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    summary = run_finetuning(build_config({**settings, "save_every": 9}), tmp_path / "run", watcher=Late())
+    assert summary.checkpoint.exists()
+    assert not summary.interrupted
+
+
+def test_data_that_cannot_be_evaluated_are_refused_at_the_start(settings, folders, tmp_path):
+    folder = layouts.write_coco(tmp_path / "coco")
+    path = folder / "annotations" / "person_keypoints_val.json"
+    path.write_text(path.read_text().replace('"left_hip"', '"nose"'))
+    config = build_config({**settings, "task": [f"pose={folder}"], "share": [], "evaluate_every": 2})
+    with pytest.raises(ConfigError, match="has nose, which the model's pose head does not know"):
+        run_finetuning(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_heads_without_a_task_are_named_and_a_window_is_kept(settings, folders, tmp_path):
+    begun = {
+        **settings,
+        "window": [2, 2],
+        "task": [f"{t}={folders[t]}" for t in ("parsing", "attributes")],
+        "share": [],
+    }
+    run_finetuning(build_config({**begun, "size": [64, 64]}), tmp_path / "first")
+    told = {}
+
+    class Told(Watcher):
+        def started(self, facts):
+            told.update(facts)
+
+    going = {**settings, "init": str(tmp_path / "first"), "task": [f"parsing={folders['parsing']}"], "share": []}
+    run_finetuning(build_config({**going, "size": [64, 32]}), tmp_path / "second", watcher=Told())
+    assert told["dropped"] == ["attributes"]
+    assert load_human(tmp_path / "second")[0].backbone.config.window == (2, 2)
+    run_finetuning(build_config({**going, "size": [48, 32]}), tmp_path / "third")  # 3 rows of patches
+    assert load_human(tmp_path / "third")[0].backbone.config.window is None
+
+
 def test_a_used_folder_is_refused(settings, tmp_path):
     run_finetuning(build_config(settings), tmp_path / "run")
     with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
@@ -302,7 +368,7 @@ def test_a_used_folder_is_refused(settings, tmp_path):
 
 def test_a_smaller_batch_goes_on_where_memory_ran_out(settings, tmp_path):
     run_finetuning(build_config(settings), tmp_path / "run", watcher=Recorder(at=1))
-    summary = run_finetuning(build_config({**settings, "batch": settings["batch"] // 2}), tmp_path / "run", resume=True)
+    summary = run_finetuning(build_config({**settings, "batch": 11}), tmp_path / "run", resume=True)
     assert summary.step == settings["steps"]
 
 

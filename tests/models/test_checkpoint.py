@@ -19,6 +19,7 @@ from dpal_edge.models.checkpoint import (
     infer_student,
     infer_vit,
     is_ours,
+    limits_of,
     list_checkpoints,
     load_backbone,
     load_matching,
@@ -523,3 +524,9 @@ def test_metadata_must_be_json(tmp_path):
         write_checkpoint(tmp_path / "x.safetensors", {}, {"path": tmp_path})
     assert list(tmp_path.iterdir()) == []
     assert json.dumps(TINY.to_dict())
+
+
+def test_limits_are_a_models_own_its_origins_and_its_teachers():
+    facts = {"limits": "Mine.", "origin": {"limits": "No trade."}, "teachers": [{"limits": "Research."}, {}]}
+    assert limits_of(facts) == "Mine. No trade. Its teacher's: Research."
+    assert limits_of({"origin": None}) == ""

@@ -26,7 +26,7 @@ from dpal_edge.tasks.letterbox import letterbox, to_input
 from dpal_edge.tasks.sample import Sample, Split
 
 _CHANNELS = 128  # of the head
-_MOST = 256  # boxes of an example, the largest; more are not in any view of the data sets known here
+_MOST = 1024  # boxes of an example, the largest: a mosaic of 16 crowds holds some 300
 _ON_BACKGROUND = 0.7  # share of crowds that stand on a background rather than among the people of a frame
 _PARTS = (2, 3, 4)  # rows, and columns, of a mosaic: people become as small as street cameras see them
 _UNEVEN = 0.3  # how far a line between parts lies from even ones, in distances of these
@@ -115,7 +115,7 @@ class DetectionObjective(nn.Module):
         return self.split.samples[index].image
 
     def example(self, index: int, rng: np.random.Generator | None) -> Example:
-        """Return "image", "boxes" (256, 4) in pixels of it, and "kind" (256,): 1 person, 2 to ignore, 0 no box.
+        """Return "image", "boxes" (1024, 4) in pixels of it, and "kind" (1024,): 1 person, 2 to ignore, 0 no box.
 
         Boxes come first, the largest first.
 

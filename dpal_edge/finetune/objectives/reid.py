@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpal_edge.errors import DataError
 from dpal_edge.finetune.augment import Augmentation
+from dpal_edge.finetune.config import PER_PERSON
 from dpal_edge.finetune.embedding_teacher import EmbeddingTeacher
 from dpal_edge.finetune.objective import Example, Values, epoch_order
 from dpal_edge.finetune.objectives.crops import CropObjective, UnlabelledObjective
@@ -20,7 +21,6 @@ from dpal_edge.models.heads import BNNeckHead
 from dpal_edge.tasks.reid import Identity
 from dpal_edge.tasks.sample import Split
 
-_PER_PERSON = 4  # images of one person in a batch
 _SMOOTHING = 0.1  # of the identity labels
 _RELATION_WEIGHT = 2.0
 
@@ -28,7 +28,7 @@ _RELATION_WEIGHT = 2.0
 class IdentityObjective(CropObjective[Identity]):
     """Identity cross-entropy after the BNNeck, soft-margin triplets of the hardest pairs before it, half and half.
 
-    Batches hold 4 images each of several people.
+    Batches hold 4 images each of at least two people: of one alone nothing can be told from anything.
 
     Source: Luo et al., 2019; the halves and the soft margin as in SOLIDER-REID (docs of the data set presets).
     """
@@ -51,13 +51,13 @@ class IdentityObjective(CropObjective[Identity]):
         nn.init.normal_(self.classify.weight, std=0.001)
 
     def indices(self, step: int, count: int, seed: int) -> Sequence[int]:
-        """Return 4 images each of ``count / 4`` people; people come in epochs, images are drawn."""
+        """Return 4 images each of ``count / 4`` people, ``count`` being a multiple; people come in epochs."""
         rng = np.random.default_rng([seed, 2, step])
-        people = epoch_order(len(self._images), step, max(count // _PER_PERSON, 1), seed)
+        people = epoch_order(len(self._images), step, count // PER_PERSON, seed)
         drawn: list[int] = []
         for person in people:
             images = self._images[person]
-            drawn += rng.choice(images, _PER_PERSON, replace=len(images) < _PER_PERSON).tolist()
+            drawn += rng.choice(images, PER_PERSON, replace=len(images) < PER_PERSON).tolist()
         return drawn
 
     def example(self, index: int, rng: np.random.Generator | None) -> Example:
