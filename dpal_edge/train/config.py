@@ -260,10 +260,7 @@ def check_fields(config: Any, *, positive: tuple[str, ...] = (), shares: tuple[s
     Raises:
         ConfigError: the first that is wrong.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is Literal and getattr(config, name) not in typing.get_args(hint):
-            choices = ", ".join(typing.get_args(hint))
-            raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {choices}")
+    _check_literals(config)
     for name in ("seed", "data_seed"):
         if (seed := getattr(config, name, None) or 0) >= 2**63:
             raise ConfigError(f"{name} is {seed}, expected less than 2^63")
@@ -274,3 +271,10 @@ def check_fields(config: Any, *, positive: tuple[str, ...] = (), shares: tuple[s
     for name in shares:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, expected 0 to 1")
+
+
+def _check_literals(config: Any) -> None:
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal and getattr(config, name) not in typing.get_args(hint):
+            choices = ", ".join(typing.get_args(hint))
+            raise ConfigError(f"{name} is {getattr(config, name)!r}, expected one of {choices}")
