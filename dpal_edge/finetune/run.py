@@ -82,7 +82,7 @@ def _follow(session: Session) -> Summary:
             seconds = time.perf_counter() - metrics.started - metrics.paused
             session.check_skipped()
             checkpoint = session.save()
-            if config.evaluate_every and first < state.step == config.steps:  # after a signal there may be little time
+            if config.evaluate_every and state.step == config.steps:  # after a stop signal there may be little time
                 session.evaluate()
     finally:
         trackers.close()

@@ -68,7 +68,7 @@ class Session:
         device, precision = choose_device(config, World(), earlier=earlier)
         if device.type == "cpu":
             keep_freed_memory()
-        model = build_model(start, self.objectives, config)
+        model = build_model(start, self.objectives, config, earlier=saved.metadata["architecture"] if saved else None)
         had = start.trained.configs if start.trained and saved is None else {}
         self.dropped = sorted(had.keys() - model.configs.keys())
         self.replaced = {task for task, head in model.configs.items() if had.get(task, head) != head}  # of the init's
@@ -88,7 +88,7 @@ class Session:
 
     def _check_evaluation(self) -> None:
         """Refuse now what an evaluation hours from now would stumble over."""
-        for task, splits in read_splits(self.folders).items():
+        for task, splits in read_splits(self.folders, self.config.evaluate_images).items():
             config = self.state.model.configs[task]
             head = head_info(task, config.kind, config.labels)
             for split in splits.values() if head.labels else ():
@@ -131,7 +131,8 @@ class Session:
         write_text(self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         problems = [{"task": t, "problem": text} for t, o in self.objectives.items() for text in o.problems]
         write_text(self.folder / "problems.jsonl", "".join(f"{json.dumps(line)}\n" for line in problems))
-        (self.folder / _SKIPPED).unlink(missing_ok=True)  # what an earlier session could not use may be mended
+        if self.state.step < self.config.steps:  # what an earlier session could not use may be mended
+            (self.folder / _SKIPPED).unlink(missing_ok=True)
         for name in ("metrics.jsonl", "validation.jsonl", "scores.jsonl"):
             kept = [line for line in read_lines(self.folder / name) if line["step"] <= self.state.step]
             write_text(self.folder / name, "".join(f"{json.dumps(line)}\n" for line in kept))
@@ -213,9 +214,11 @@ class Session:
     def evaluate(self) -> None:
         """Score the better weights on the evaluation parts of the labelled tasks; write ``scores.jsonl``.
 
-        Where the data do not allow it the watcher is told, and the run goes on.
+        Where the data do not allow it the watcher is told, and the run goes on. What is scored already stays.
         """
         state, config = self.state, self.config
+        if any(line["step"] == state.step for line in read_lines(self.folder / "scores.jsonl")):
+            return
         model = state.model if self._best() == "backbone" else state.ema
         try:
             self.scores = evaluate_model(

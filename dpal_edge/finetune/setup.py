@@ -174,8 +174,17 @@ def _detection_objective(split: Split[Any], config: FinetuneConfig, student: Stu
     return objective
 
 
-def build_model(start: Start, objectives: Mapping[str, Objective], config: FinetuneConfig) -> HumanModel:
+def build_model(
+    start: Start,
+    objectives: Mapping[str, Objective],
+    config: FinetuneConfig,
+    *,
+    earlier: Mapping[str, Any] | None = None,
+) -> HumanModel:
     """Put a head for each task on the backbone; heads that the init has of the same config keep what they learned.
+
+    Args:
+        earlier: architecture that the run had, where it goes on.
 
     Raises:
         ConfigError: the tasks' images are of different sizes, or not of whole patches.
@@ -188,7 +197,10 @@ def build_model(start: Start, objectives: Mapping[str, Objective], config: Finet
         )
     [size] = sizes
     torch.manual_seed(config.seed)  # of the new heads
-    backbone = resize_student(start.backbone, size, window=config.window or _own_window(start.backbone, size))
+    window = config.window or _own_window(start.backbone, size)
+    if earlier is not None:
+        window = tuple(earlier["window"]) if earlier.get("window") else None
+    backbone = resize_student(start.backbone, size, window=window)
     if isinstance(backbone, VisionTransformer):
         backbone.set_drop_path(config.drop_path)
     model = HumanModel(backbone, {task: objective.head for task, objective in objectives.items()})

@@ -36,7 +36,7 @@ def read_aic(folder: Path, split: str) -> Split[Pose]:
     expected, part = AIC_LAYOUT.format(split=split), _PARTS[split]
     converted = folder / "annotations" / f"aic_{split}.json"
     original = _find(folder, f"keypoint_{part}_annotations_*.json")
-    images = _find(folder, f"keypoint_{part}_images_*")
+    images = _find(folder, f"keypoint_{part}_images_*/")
     if images is None:
         raise DataError(f"{folder}: no folder keypoint_{part}_images_* in it; expected {expected}")
     if original is None or converted.exists():
@@ -45,8 +45,12 @@ def read_aic(folder: Path, split: str) -> Split[Pose]:
 
 
 def _find(folder: Path, pattern: str) -> Path | None:
-    """Return what is called so, in the folder of one part or in that of both."""
-    return next((path for parent in ("", "*/") for path in sorted(folder.glob(parent + pattern))), None)
+    """Return what is called so, in the folder of one part or in that of both; a folder where a slash ends the pattern.
+
+    Archives may lie beside what was unpacked from them.
+    """
+    found = (path for parent in ("", "*/") for path in sorted(folder.glob(parent + pattern)))
+    return next((path for path in found if path.is_dir() == pattern.endswith("/")), None)
 
 
 def _read_original(path: Path, parent: Path, expected: str) -> Split[Pose]:

@@ -29,7 +29,7 @@ class CocoFile:
     @cached_property
     def names(self) -> dict[int, str]:
         """Names of the categories, by id; what is none is left out."""
-        found = (c for c in self.categories if isinstance(c, dict) and isinstance(c.get("id"), int))
+        found = (c for c in self.categories if isinstance(c, dict) and isinstance(c.get("id"), int | float))
         return {category["id"]: str(category.get("name")) for category in found}
 
     def category(self, record: Record) -> int:

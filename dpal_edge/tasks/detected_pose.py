@@ -73,7 +73,8 @@ def detected_pose_metrics(
     """Score joints that were found in detected boxes against all annotated people, crowds and unlabelled ones included.
 
     A person's score is the box's times the mean confidence of the joints; those whose joints are the same as a better
-    one's are left out. Nor counts what read_coco_keypoints leaves out as bad, or an image that could not be read.
+    one's are left out. An image that could not be read does not count. Nobody can miss a person whom
+    read_coco_keypoints leaves out as bad, but who is found there counts as a false alarm.
 
     Args:
         predicted: (n, K, 2) pixels, of the n ``samples``; joints as in the annotations.

@@ -11,7 +11,7 @@ from dpal_edge.tasks.coco import Record, clip_box, entries, noted, read_json, re
 from dpal_edge.tasks.image import read_size
 from dpal_edge.tasks.image_files import ImageFiles
 from dpal_edge.tasks.matlab import read_mat
-from dpal_edge.tasks.pose import BOX_AREA, HALF, Pose
+from dpal_edge.tasks.pose import BOX_AREA, HALF, Pose, check_places
 from dpal_edge.tasks.sample import Problems, Sample, Split, require
 
 MPII_JOINTS = (
@@ -118,6 +118,7 @@ def _read_person(number: int, record: Record, images: _Images, head: float) -> S
     if not 0 < scale < math.inf:
         raise DataError(f"its scale is {scale:g}; expected its height over {_PIXELS:g} pixels")
     image_id, path, (height, width) = images.find(str(record["image"]))
+    check_places(joints[labelled], (width, height))
     side = _PIXELS * scale
     left, top = x - 1 - side / 2, y - 1 + _LOWER * scale - side / 2
     box = clip_box((left, top, side, side), width, height)

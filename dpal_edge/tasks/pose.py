@@ -299,16 +299,24 @@ def read_person(record: Record, joints: int, images: Mapping[int, CocoImage], *,
     if area < 0:
         raise DataError(f"its area is {area:g}; expected pixels")
     places, labelled, size = rows[:, :2] + HALF, rows[:, 2] > 0, (image.width, image.height)
-    if far := places[labelled & ((places < np.negative(size)) | (places > np.multiply(size, 2))).any(1)].tolist():
-        raise DataError(
-            f"its joint at {far[0][0]:g}, {far[0][1]:g} is far outside an image of {size[0]:g}x{size[1]:g}; correct it"
-        )
+    check_places(places[labelled], size)
     clipped = clip_box(box, image.width, image.height)
     if not image.there:
         raise DataError(f"no image {image.path}; expected the images of the file there")
     crowd = float(image.record.get("crowdIndex", math.nan))
     pose = Pose(int(record["id"]), int(record["image_id"]), places, labelled, area, crowd)
     return Sample(image.path, pose, clipped, image.size)
+
+
+def check_places(joints: Joints, size: tuple[float, float]) -> None:
+    """Refuse joints (n, 2) that lie farther outside an image (width, height) than it is large.
+
+    Raises:
+        DataError: one does.
+    """
+    if len(far := joints[((joints < np.negative(size)) | (joints > np.multiply(size, 2))).any(1)]):
+        (x, y), (width, height) = far[0].tolist(), size
+        raise DataError(f"its joint at {x:g}, {y:g} is far outside an image of {width:g}x{height:g}; correct it")
 
 
 def _have_deviations(names: Sequence[str]) -> bool:

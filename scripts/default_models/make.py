@@ -2,7 +2,7 @@
 
     python scripts/default_models/make.py --shared ../shared --work build/default_models [STEP...]
 
-Steps: footage, teacher, athletes, distil, student, attributes, detector, pack, compare, score; all by default. Each
+Steps: footage, teacher, athletes, distil, student, detector, pack, compare, score; all by default. Each
 continues where it was interrupted, and what is finished is not done again. Settings lie beside this file; hours on two
 CPU cores. ``student`` needs the package ai-edge-litert.
 """
@@ -45,11 +45,11 @@ from dpal_edge.tasks.table import read_detection
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "dpal_edge" / "assets"
 RESULTS = HERE.parents[1] / "bench" / "results" / "default_models.json"
-STEPS = ("footage", "teacher", "athletes", "distil", "student", "attributes", "detector", "pack", "compare", "score")
+STEPS = ("footage", "teacher", "athletes", "distil", "student", "detector", "pack", "compare", "score")
 SEEDS = (0, 1, 2)  # of the comparison of starts
 # Every second frame after those with labels, and every fourth of the clips at 12 frames per second or more.
 VIDEOS = ("vtest.avi:80:2", "one-by-one-person-detection.mp4:0:4", "people-detection.264:0:4")
-RUNS = ("teacher", "distil", "student-small", "student", "attributes", "detector-teacher", "detector-small", "detector")
+RUNS = ("teacher", "distil", "student-small", "student", "detector-teacher", "detector-small", "detector")
 PUBLIC = ("one-by-one-person-detection", "people-detection")  # clips under CC BY 4.0
 REPEATS = {"coco_person": 40, "footage": 3, "photographs": 1}  # of the 61, 856 and 3,190 frames for the detector
 MOVENET = "movenet_single_pose_lightning_ptq.tflite"
@@ -122,10 +122,13 @@ class Maker:
     def student(self) -> None:
         """Put the heads on the student: at fewer pixels first, then with joints that it helped to correct.
 
-        The teacher tells the attributes.
+        The teacher tells the attributes of photographs whose labels, seen for hours, would be known by heart.
         """
-        task, told = self._taught_attributes()
-        folders = {**task, "reid": self.work / "student-embedded"}
+        told = ("--set", f"attribute_teacher={self._newest('teacher')}")
+        folders = {
+            "attributes": self.work / "embedded" / "ccp_train_images",
+            "reid": self.work / "student-embedded",
+        }
         self._finetune("student-small", self.work / "distil", "student-small.yaml", *told, folders=folders)
         joints, peer = self.work / "joints", self.data / "peers" / "pose_models" / MOVENET
         if not (joints / "annotations" / "person_keypoints_train.json").exists():
@@ -133,12 +136,6 @@ class Maker:
                     "--joints", self.data / "lspet", "--out", joints)  # fmt: skip
         folders["pose"] = joints
         self._finetune("student", self.work / "student-small", "student.yaml", *told, folders=folders)
-
-    def attributes(self) -> None:
-        """Have the teacher tell the head for attributes more: few labels, seen for hours, are known by heart."""
-        run, (task, told) = self.work / "attributes", self._taught_attributes()
-        _command("finetune", "--init", self._newest("student"), *_tasks(task), "--out", run,
-                 "--config", HERE / "attributes.yaml", *told, *_resume(run))  # fmt: skip
 
     def detector(self) -> None:
         """Train the detector on the student's backbone, at fewer pixels first; a larger detector is its teacher."""
@@ -163,9 +160,8 @@ class Maker:
             trained = self._newest(run)
             fresh = trained != path  # what ships is whitened already
             if run == "student":
-                attributes = self.work / "attributes"
                 crops = sorted(self.work.glob("student-embedded/*/*"))[::WHITENED] if fresh else ()
-                pack(trained, path, soup=self.soup if fresh else None, crops=crops, attributes=attributes)
+                pack(trained, path, soup=self.soup if fresh else None, crops=crops)
             elif fresh:
                 pack(trained, path)
             if run in images:
@@ -248,11 +244,6 @@ class Maker:
         """Return the folder of each task on person crops that is scored."""
         return {"pose": self.data / "lspet", "parsing": self.data / "ccp", "attributes": self.data / "ccp",
                 "reid": self.data / "cuhk01"}  # fmt: skip
-
-    def _taught_attributes(self) -> tuple[dict[str, Path], tuple[str, str]]:
-        """Return the photographs, none of their labels, and the setting by which the teacher tells their attributes."""
-        photographs = self.work / "embedded" / "ccp_train_images"
-        return {"attributes": photographs}, ("--set", f"attribute_teacher={self._newest('teacher')}")
 
     def _crowds(self) -> tuple[dict[str, Path], dict[str, Path]]:
         """Return the folders that detectors are scored on."""
@@ -416,14 +407,12 @@ def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "model": model, "tasks": tasks}
 
 
-def pack(
-    run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Path] = (), attributes: Path | None = None
-) -> None:
+def pack(run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Path] = ()) -> None:
     """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type.
 
     With ``soup`` the weights are the mean of the run's and of that checkpoint's, from which the run began: ends of two
     stretches of one training lie in one basin, and their middle generalises better (Wortsman et al., 2022). The
-    embedding is whitened by ``crops``, if there are any, and the head for attributes is that of the run ``attributes``.
+    embedding is whitened by ``crops``, if there are any.
     """
     model, metadata = load_human(run)
     if soup is not None:
@@ -432,8 +421,6 @@ def pack(
         model.load_state_dict(mean)
     if crops:
         whiten(model, crops, metadata)
-    if attributes is not None and list_checkpoints(attributes):
-        model.heads["attributes"].load_state_dict(load_human(attributes)[0].heads["attributes"].state_dict())
     tensors = {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()}
     kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
     facts: dict[str, Any] = {name: metadata[name] for name in kept}

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dpal_edge.errors import ConfigError, DataError, ModelFileError
+from dpal_edge.files import read_lines
 from dpal_edge.finetune.config import build_config
 from dpal_edge.finetune.loop import learning_rate, parameter_groups
 from dpal_edge.finetune.run import run_finetuning
@@ -99,6 +100,12 @@ def test_scores_on_the_evaluation_parts(settings, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[1]["pose"] == summary.scores["pose"]
+    config = build_config({**settings, "evaluate_every": 2, "evaluate_images": 8})
+    run_finetuning(config, tmp_path / "run", resume=True)  # nothing is left to do
+    assert len((tmp_path / "run" / "scores.jsonl").read_text().splitlines()) == 2
+    (tmp_path / "run" / "scores.jsonl").write_text(json.dumps(lines[0]) + "\n")  # as if stopped while it was scored
+    run_finetuning(config, tmp_path / "run", resume=True)
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "scores.jsonl")] == [2, 4]
 
 
 def test_a_frozen_backbone_stays_as_it_is(settings, tmp_path):
@@ -352,6 +359,13 @@ def test_heads_without_a_task_are_named_and_a_window_is_kept(settings, folders, 
     run_finetuning(build_config({**going, "size": [64, 32]}), tmp_path / "second", watcher=Told())
     assert told["dropped"] == ["attributes"]
     assert load_human(tmp_path / "second")[0].backbone.config.window == (2, 2)
+    # A run that goes on attends as it did, whatever its init's window is: earlier versions took none from it.
+    [path] = list_checkpoints(tmp_path / "second")[-1:]
+    saved = read_checkpoint(path)
+    saved.metadata["architecture"]["window"] = None
+    write_checkpoint(path, saved.tensors, saved.metadata)
+    run_finetuning(build_config({**going, "size": [64, 32], "steps": 5}), tmp_path / "second", resume=True)
+    assert load_human(tmp_path / "second")[0].backbone.config.window is None
     run_finetuning(build_config({**going, "size": [48, 32]}), tmp_path / "third")  # 3 rows of patches
     assert load_human(tmp_path / "third")[0].backbone.config.window is None
 

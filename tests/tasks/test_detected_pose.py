@@ -127,7 +127,7 @@ def _break(change):
         lambda d: d["images"][1].update(file_name="gone.png"),
     ],
 )
-def test_what_is_bad_in_the_annotations_counts_neither_way(tmp_path, change):
+def test_who_is_left_out_as_bad_is_not_missed(tmp_path, change):
     folder = write_coco(tmp_path, people=48, year="2017")
     edit_json(folder / "annotations" / "person_keypoints_val2017.json", change)
     annotated = read_coco_keypoints(folder, "val")

@@ -73,6 +73,9 @@ def test_aic_is_read_in_the_folder_of_a_part_too_and_a_conversion_first(tmp_path
         images = [sample.image for sample in both.samples]
         assert [sample.image for sample in inside.samples] == images
         assert len(images) == PEOPLE
+    (folder / "keypoint_validation_images_20170911.zip").touch()  # what was unpacked
+    (folder / "keypoint_validation_annotations_20170911.json").mkdir()
+    assert [sample.image for sample in read_pose(folder, "val").samples] == images
     edit_json(write_aic(folder) / "annotations" / "aic_val.json", lambda d: d["annotations"].pop())
     assert len(read_pose(folder, "val").samples) == PEOPLE - 1
 
@@ -202,6 +205,10 @@ def test_mpii_heads_of_other_people(tmp_path):
             "person number 2 of the list: ValueError.*expected image, center, scale, 16 joints",
         ),
         ({"joints": [[math.nan, 2]] * 16}, "person number 2 of the list: a joint is not finite"),
+        (
+            {"joints": [[9e4, 2]] * 16},
+            r"person number 2 of the list: its joint at 89999\.5, 1\.5 is far outside an image",
+        ),
         ({"scale": -1}, "person number 2 of the list: its scale is -1; expected its height over 200 pixels"),
         ({"center": [500, 20]}, r"person number 2 of the list: its box \[479, 2, 40, 40\] covers nothing of an image"),
         ({"center": 3}, "person number 2 of the list: TypeError"),
