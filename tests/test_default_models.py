@@ -52,7 +52,19 @@ def test_what_limits_the_teacher_that_ships_limits_what_it_teaches():
     assert "for research and evaluation" in passport.limits
 
 
-def test_boxes_of_photographs_are_those_of_the_masks(tmp_path):
+def test_others_in_a_photograph_are_neither_the_person_nor_a_part_of_one(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    others = runpy.run_path(str(SCRIPTS / "photographs.py"))["others"]
+    person = np.array([40.0, 10, 80, 110])
+    found = np.array(
+        [[42, 8, 79, 112], [45, 12, 70, 40], [30, 0, 95, 120], [0, 20, 30, 90], [60, 50, 130, 110], [5, 5, 5, 9]]
+    )
+    assert others(found.astype(float), person).tolist() == [[0, 20, 30, 90], [60, 50, 130, 110]]
+    assert others(np.zeros((0, 4)), person).shape == (0, 4)
+
+
+def test_boxes_of_photographs_are_those_of_the_masks(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
     write_masked(tmp_path, "c")
     boxes_of_masks = runpy.run_path(str(SCRIPTS / "photographs.py"))["boxes_of_masks"]
     [(path, box)] = boxes_of_masks(tmp_path).items()

@@ -22,7 +22,7 @@ from dpal_edge.runtime.backend import Backend, open_backend
 Image = NDArray[np.uint8]
 Boxes = NDArray[np.float64]
 
-_SURE, _UNSURE = 0.5, 0.2
+_SURE, UNSURE = 0.5, 0.2
 _CHANGED, _MOVED = 30, 0.15  # grey levels by which a pixel differs from the median; share of them in a person's box
 _MARGIN = 0.06  # of a box's sides, added around a crop: the detector's boxes are tight
 
@@ -48,7 +48,7 @@ def read(backend: Backend, path: str, first: int, every: int) -> tuple[dict[int,
         if number >= first and (number - first) % every == 0:
             frames[number] = taken[1]
             rows = detect(backend, taken[1])
-            found[number] = rows[rows[:, 0] >= _UNSURE]
+            found[number] = rows[rows[:, 0] >= UNSURE]
     return frames, found
 
 

@@ -78,10 +78,8 @@ class Maker:
 
     def footage(self) -> None:
         """Make what is learned from out of clips and photographs: crops, pedestrians, and frames with boxes."""
-        name = "pedestrian-detection-adas-0002"
         videos = [str(self.data / "videos" / video) for video in VIDEOS]
-        detector = self.omz / name / "FP16" / f"{name}.xml"
-        _python(HERE / "footage.py", "--detector", detector, "--out", self.work / "footage", *videos)
+        _python(HERE / "footage.py", "--detector", self._peer(), "--out", self.work / "footage", *videos)
         people, places = self.data / "ccp", self.data / "backgrounds"
         _python(
             HERE / "pedestrians.py", "--people", people, "--backgrounds", places, "--out", self.work / "pedestrians"
@@ -104,7 +102,8 @@ class Maker:
         teacher = self._newest("teacher")
         athletes, people, walkers = self.work / "athletes", self.data / "ccp", self.work / "walkers"
         _python(HERE / "athletes.py", "--teacher", teacher, "--joints", self.data / "lspet", "--out", athletes)
-        _python(HERE / "photographs.py", "--masks", people, "--masks", athletes, "--out", self.work / "photographs")
+        _python(HERE / "photographs.py", "--masks", people, "--masks", athletes, "--detector", self._peer(),
+                "--finder", ASSETS / f"{PACKED['detector']}.json", "--out", self.work / "photographs")  # fmt: skip
         join_masks({people: CUTOUTS, athletes: 1}, self.work / "cutouts")
         clips, places = self.work / "footage" / "crops", self.data / "backgrounds"
         _python(HERE / "athletes.py", "--teacher", teacher, "--crops", clips, "--out", walkers)
@@ -227,6 +226,11 @@ class Maker:
                     "training": {**earlier.get("training", {}), **training}}  # fmt: skip
         write_text(RESULTS, json.dumps(document, indent=2) + "\n")
         click.echo(f"wrote {RESULTS}")
+
+    def _peer(self) -> Path:
+        """Return the detector of people that comes with the data."""
+        name = "pedestrian-detection-adas-0002"
+        return self.omz / name / "FP16" / f"{name}.xml"
 
     def _base(self) -> Path:
         """Return the ViT-S that knows images, which is what teachers begin as."""
