@@ -8,7 +8,7 @@ from dpal_edge.errors import DataError
 from dpal_edge.tasks.coco import CocoImage, Record, entries, noted, read_json
 from dpal_edge.tasks.image import read_size
 from dpal_edge.tasks.image_files import ImageFiles
-from dpal_edge.tasks.pose import Pose, read_people, read_person
+from dpal_edge.tasks.pose import Pose, finish_people, read_people, read_person
 from dpal_edge.tasks.sample import Problems, Sample, Split
 
 AIC_JOINTS = (
@@ -81,10 +81,7 @@ def _read_original(path: Path, parent: Path, expected: str) -> Split[Pose]:
                     )
                     if sample.target.labelled.any():
                         samples.append(sample)
-    found = problems.finish(len(samples))
-    if not samples:
-        raise DataError(f"{path}: no person with a labelled joint; expected {expected}")
-    return Split(tuple(samples), AIC_JOINTS, "aic", found)
+    return finish_people(tuple(samples), AIC_JOINTS, "aic", problems, expected)
 
 
 def _as_coco(joints: list[float], edges: list[float]) -> Record:

@@ -11,7 +11,7 @@ from dpal_edge.tasks.coco import Record, clip_box, entries, noted, read_json, re
 from dpal_edge.tasks.image import read_size
 from dpal_edge.tasks.image_files import ImageFiles
 from dpal_edge.tasks.matlab import read_mat
-from dpal_edge.tasks.pose import BOX_AREA, HALF, Pose, check_places
+from dpal_edge.tasks.pose import BOX_AREA, HALF, Pose, check_places, finish_people
 from dpal_edge.tasks.sample import Problems, Sample, Split, require
 
 MPII_JOINTS = (
@@ -59,10 +59,7 @@ def read_mpii(folder: Path, split: str) -> Split[Pose]:
             sample = _read_person(number, record, images, float(heads[number]))
             if sample.target.labelled.any():
                 samples.append(sample)
-    found = problems.finish(len(samples))
-    if not samples:
-        raise DataError(f"{path}: no person with a labelled joint; expected {expected}")
-    return Split(tuple(samples), MPII_JOINTS, "mpii", found)
+    return finish_people(tuple(samples), MPII_JOINTS, "mpii", problems, expected)
 
 
 class _Images:

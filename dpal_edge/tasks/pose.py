@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,22 @@ def read_people(
                 raise DataError("another has the same id; expected one per person")
             if sample.target.labelled.any():
                 samples[sample.target.id] = sample
-    found = problems.finish(len(samples)) + (_left_out(file, people) if own else ())
+    split = finish_people(tuple(samples.values()), names, protocol, problems, expected)
+    return replace(split, problems=split.problems + (_left_out(file, people) if own else ()))
+
+
+def finish_people(
+    samples: tuple[Sample[Pose], ...], names: tuple[str, ...], protocol: str, problems: Problems, expected: str
+) -> Split[Pose]:
+    """Return the people that were read as a split.
+
+    Raises:
+        DataError: too many are bad, or there are none; ``expected`` says which layout was read.
+    """
+    found = problems.finish(len(samples))
     if not samples:
-        raise DataError(f"{path}: no person with a labelled joint; expected {expected}")
-    return Split(tuple(samples.values()), names, protocol, found)
+        raise DataError(f"{problems.source}: no person with a labelled joint; expected {expected}")
+    return Split(samples, names, protocol, found)
 
 
 def pose_metrics(predicted: Joints, scores: NDArray[np.floating], split: Split[Pose]) -> dict[str, float]:

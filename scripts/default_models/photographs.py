@@ -4,7 +4,7 @@
         --detector SSD.xml --finder BUNDLE --out DIR
 
 Writes a data set in COCO's layout. Unlike people pasted on backgrounds, these stand where they were photographed; a
-mosaic makes crowds of them. Others walk by in every third picture or so: what a detector of Open Model Zoo or one of
+mosaic makes crowds of them. Others are in many of the pictures: what a detector of Open Model Zoo or one of
 ours finds beside the person, even if it is unsure, is a region to ignore (iscrowd).
 """
 
