@@ -1,6 +1,7 @@
 """What a run starts from: the backbone, the tasks' data, and the heads that fit both."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -119,14 +120,22 @@ def _read(task: str, folder: Path, config: FinetuneConfig) -> Split[Any]:
 
 
 def _hold_out(split: Split[Any], count: int, seed: int) -> tuple[Split[Any], Split[Any]]:
-    """Hold ``count`` samples out, at most a tenth; labelled identities stay whole, since they need their batches."""
-    total = len(split.samples)
-    count = min(count, total // 10)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
+    """Hold up to ``count`` samples out, at most a tenth, none of whose images is learned from.
+
+    An image can hold several samples (its people, or itself where a data set repeats it): they go together, and what is
+    more than is still to be held out is learned from. Labelled identities stay whole, since they need their batches.
+    """
     if split.samples and hasattr(split.samples[0].target, "person"):
-        chosen = set()
-    parts = [tuple(s for i, s in enumerate(split.samples) if (i in chosen) == held) for held in (False, True)]
+        return split, replace(split, samples=())
+    number = Counter(sample.image for sample in split.samples)
+    images = list(number)
+    left = min(count, len(split.samples) // 10)
+    held = set()
+    for i in torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist():
+        if number[images[i]] <= left:
+            held.add(images[i])
+            left -= number[images[i]]
+    parts = [tuple(s for s in split.samples if (s.image in held) == out) for out in (False, True)]
     return replace(split, samples=parts[0]), replace(split, samples=parts[1])
 
 

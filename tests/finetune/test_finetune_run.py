@@ -161,6 +161,16 @@ def test_what_merges_patches_learns_as_the_last_block_of_its_stage(settings):
     assert {factors[id(names[name])] for name in merging} == {factors[id(names["stages.1.blocks.1.mlp.fc1.weight"])]}
 
 
+def test_people_of_one_image_are_held_out_together(settings, tmp_path):
+    folder = layouts.write_coco(tmp_path / "coco", people=44)
+    config = build_config({**settings, "task": [f"pose={folder}"], "share": [], "validation_images": 64})
+    learned, held = (parts["pose"] for parts in open_objectives(config, (32, 16), open_init(config).backbone.config))
+    images = [{part.file(i) for i in range(len(part))} for part in (learned, held)]
+    assert (len(learned), len(held)) == (40, 4)  # a tenth, of two people each
+    assert [len(names) for names in images] == [20, 2]
+    assert not images[0] & images[1]
+
+
 def test_crops_stay_as_large_as_the_init_had_them(settings, tmp_path):
     run_finetuning(build_config({**settings, "size": [48, 32]}), tmp_path / "first")
     config = build_config({**settings, "init": str(tmp_path / "first"), "size": None})
