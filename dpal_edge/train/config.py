@@ -24,6 +24,7 @@ else:
 
 _POSITIVE = ("steps", "batch", "accumulate", "base_lr", "log_every", "save_every", "keep", "size", "local_size",
              "crowd_size")  # fmt: skip
+_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +215,19 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def coerce(hint: Any, value: Any, name: str) -> Any:
-    """Check ``value`` against a field's type; ints pass as floats, lists as tuples, one string as a tuple of it."""
+    """Check ``value`` against a field's type; ints pass as floats, lists as tuples, one string as a tuple of it.
+
+    Pairs of whole numbers can be written ``256x128``, as elsewhere.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         inner = next(a for a in arguments if a is not type(None))
         return None if value is None else coerce(inner, value, name)
+    if arguments == (int, int) and isinstance(value, str) and (pair := re.fullmatch(r"(\d+)x(\d+)", value)):
+        return int(pair[1]), int(pair[2])
     if origin is tuple:
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         kinds = [arguments[0]] * len(items) if arguments[-1] is ... else list(arguments)
@@ -228,8 +237,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
         return _choice(arguments, value, name)
     elif (number := _as_plain(hint, value)) is not None:
         return number
-    wanted = str(hint).replace("typing.", "") if origin else hint.__name__
-    raise ConfigError(f"{name} is {value!r}, expected {wanted}")
+    raise ConfigError(f"{name} is {value!r}, expected {_WORDS.get(hint, 'two whole numbers, for example 256x128')}")
 
 
 def _choice(choices: tuple[Any, ...], value: Any, name: str) -> Any:

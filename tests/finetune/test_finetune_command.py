@@ -74,8 +74,8 @@ def test_numbers_of_tasks_are_given_one_by_one(folders, tmp_path):
     ("setting", "message"),
     [
         ("task=5", "task '5': expected NAME=DIR"),
-        ("task=null", "task is None, expected str"),
-        ("paste=true", "paste is True, expected str"),
+        ("task=null", "task is None, expected text"),
+        ("paste=true", "paste is True, expected text"),
         ("share=5", "share '5'"),
     ],
 )

@@ -87,7 +87,7 @@ def test_views_that_a_teacher_sees_differ_more():
         ({"layer_decay": 1.5}, "layer_decay is 1.5, expected 0 to 1"),
         ({"freeze_blocks": -1}, "freeze_blocks is -1, expected 0 or more"),
         ({"pose_head": "points"}, "pose_head is 'points', expected one of simcc, heatmap"),
-        ({"share": ["pose"]}, "share 'pose' is '', expected float"),
+        ({"share": ["pose"]}, "share 'pose' is '', expected a finite number"),
         ({"share": ["pose=0"]}, "share 'pose=0': expected TASK=NUMBER, for example pose=2, the number above 0"),
         ({"weight": ["parsing=1"]}, "weight names parsing, expected tasks of this run: pose, reid"),
         ({"batch": 8}, "batch is 8, expected at least 9: an image of each task, of labelled reid 4 of each of 2 peop"),
