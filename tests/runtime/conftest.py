@@ -36,7 +36,8 @@ def cc() -> str:
 def cudart(cc, tmp_path_factory) -> Path:
     """Compile the CUDA runtime without a GPU."""
     path = tmp_path_factory.mktemp("cuda") / "libcudart.so"
-    subprocess.run([cc, "-shared", "-fPIC", "-Wall", "-Werror", "-o", path, FAKES / "cudart.c"], check=True)
+    flags = ("-shared", "-fPIC", "-Wl,-Bsymbolic", "-Wall", "-Werror")  # symbolic: it calls itself, not torch's CUDA
+    subprocess.run([cc, *flags, "-o", path, FAKES / "cudart.c"], check=True)
     return path
 
 
