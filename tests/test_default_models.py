@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dpal_edge.files import sha256_of
 from dpal_edge.finetune.augment import change_colours, draw_warp
-from dpal_edge.models.checkpoint import read_checkpoint
+from dpal_edge.models.checkpoint import read_checkpoint, write_checkpoint
 from dpal_edge.models.head_config import HeadConfig
 from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.teacher import load_teacher
 from dpal_edge.models.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, ViTConfig, normalize
 from dpal_edge.tasks.parsing import read_lip
+from dpal_edge.tasks.sample import Sample
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "default_models"
 ASSETS = Path(__file__).parents[1] / "dpal_edge" / "assets"
@@ -195,3 +197,33 @@ def test_what_cameras_change_counts_less_in_a_whitened_embedding(monkeypatch, tm
     seen, after = embeddings()
     torch.testing.assert_close(after, before.mean() * before / (before + before.mean()), rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(seen.mean(0), torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_a_packed_mean_has_its_own_statistics(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    pack = runpy.run_path(str(SCRIPTS / "make.py"))["pack"]
+    ships = read_checkpoint(ASSETS / "person_detector.safetensors")
+    run, other, packed = (tmp_path / f"{name}.safetensors" for name in ("run", "other", "packed"))
+    for path, factor in ((run, 0.5), (other, 1.0)):
+        tensors = {n: factor * value if value.is_floating_point() else value for n, value in ships.tensors.items()}
+        write_checkpoint(path, tensors, ships.metadata)
+    rng = np.random.default_rng(0)
+    images = [tmp_path / f"{i}.png" for i in range(2)]
+    for image in images:
+        Image.fromarray(rng.integers(0, 256, (320, 416, 3), np.uint8)).save(image)
+
+    pack(run, packed, soup=[other], frames=[Sample(image, None) for image in images])
+    found = read_checkpoint(packed)
+    assert found.metadata["soup"] == [sha256_of(other)]
+    weights = "backbone.blocks.0.mlp.fc1.weight"
+    mean = 0.75 * ships.tensors[weights].float()
+    torch.testing.assert_close(found.tensors[weights].float(), mean, rtol=1e-3, atol=1e-6)
+    model, metadata = load_human(packed)
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(image)) for image in images])).permute(0, 3, 1, 2)
+    level = model.heads["detection"].levels[1]
+    level[0].register_forward_hook(lambda *call: seen.append(call[-1]))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        model(normalize(pixels, metadata["mean"], metadata["std"]))
+    for statistic, value in (("running_mean", seen[0].mean((0, 2, 3))), ("running_var", seen[0].var((0, 2, 3)))):
+        torch.testing.assert_close(getattr(level[1], statistic), value, rtol=0.01, atol=0.01)

@@ -26,6 +26,7 @@ import torch
 from base_teacher import LICENCE, write_teacher
 from numpy.typing import NDArray
 from PIL import Image
+from torch.optim.swa_utils import update_bn
 
 from dpal_edge import __version__
 from dpal_edge.export.bundle import ExportSettings
@@ -37,9 +38,12 @@ from dpal_edge.models.human import HumanModel, load_human
 from dpal_edge.models.vit import normalize
 from dpal_edge.runtime.detector import DefaultDetector, ModelDetector
 from dpal_edge.tasks.crowd_metrics import find_people
+from dpal_edge.tasks.detection import People
 from dpal_edge.tasks.detection_decoding import suppress
-from dpal_edge.tasks.image import open_image
+from dpal_edge.tasks.image import open_image, open_sample
+from dpal_edge.tasks.letterbox import letterbox
 from dpal_edge.tasks.parsing import read_lip
+from dpal_edge.tasks.sample import Sample
 from dpal_edge.tasks.table import read_detection
 
 HERE = Path(__file__).parent
@@ -56,6 +60,7 @@ MOVENET = "movenet_single_pose_lightning_ptq.tflite"
 TARGETS = ("onnx", "onnx-int8", "trt-fp16", "trt-int8")  # of the models that run from the package itself
 WIDE = (240, 416)  # input of the detector for frames of 16:9
 CROWDS = "coco_person"
+STATED = 25  # every so many of the frames that a detector learned on give its BatchNorm's statistics
 WHITENED = 10  # every tenth of the crops that the embedding is learned on tells what cameras change about it
 CAMERAS = Augmentation(scale=0.2, rotate=8.0, colour=0.6, grey=0.0, low_resolution=0.3)  # how they differ
 CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
@@ -72,8 +77,8 @@ LIMITS = (
 class Maker:
     """Folders of one making."""
 
-    def __init__(self, shared: Path, work: Path, soup: Path | None = None) -> None:
-        self.data, self.work, self.soup = shared / "data", work, soup
+    def __init__(self, shared: Path, work: Path, soups: Mapping[str, Sequence[Path]] | None = None) -> None:
+        self.data, self.work, self.soups = shared / "data", work, soups or {}
         self.omz = self.data / "peers" / "omz"
 
     def footage(self) -> None:
@@ -157,12 +162,10 @@ class Maker:
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             trained = self._newest(run)
-            fresh = trained != path  # what ships is whitened already
-            if run == "student":
-                crops = sorted(self.work.glob("student-embedded/*/*"))[::WHITENED] if fresh else ()
-                pack(trained, path, soup=self.soup if fresh else None, crops=crops)
-            elif fresh:
-                pack(trained, path)
+            if trained != path:  # what ships is a mean, and whitened, already
+                crops = sorted(self.work.glob("student-embedded/*/*"))[::WHITENED] if run == "student" else ()
+                frames = read_detection(self._frames(), "train").samples[::STATED] if run == "detector" else ()
+                pack(trained, path, soup=self.soups.get(run, ()), crops=crops, frames=frames)
             if run in images:
                 gate = tuple(f"{task}={folder}" for task, folder in tasks[run].items())
                 settings = ExportSettings(targets=TARGETS, calibration=(str(images[run]),), gate=gate)
@@ -273,11 +276,15 @@ class Maker:
         _command("finetune", "--init", init, *_tasks(folders), "--out", run, "--config", HERE / config,
                  "--set", f"reid_teacher={teacher}?color=bgr", *settings, *_resume(run))  # fmt: skip
 
-    def _detect(self, name: str, init: object, config: str, *settings: str) -> None:
+    def _frames(self) -> Path:
+        """Join what detectors learn from."""
         sources = {self.data / "coco_person": "train2017"}
         sources |= {self.work / name: "train" for name in ("footage", "photographs")}
         parts = {source: (part, REPEATS[source.name]) for source, part in sources.items()}
-        frames = join_frames(parts, self.work / "frames")
+        return join_frames(parts, self.work / "frames")
+
+    def _detect(self, name: str, init: object, config: str, *settings: str) -> None:
+        frames = self._frames()
         paste = ("--set", f"paste={self.work / 'cutouts'}", "--set", f"backgrounds={self.data / 'backgrounds'}")
         run = self.work / name
         _command("finetune", "--init", init, "--task", f"detection={frames}", "--out", run,
@@ -411,26 +418,39 @@ def _without_folders(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "model": model, "tasks": tasks}
 
 
-def pack(run: Path, path: Path, *, soup: Path | None = None, crops: Sequence[Path] = ()) -> None:
+def pack(
+    run: Path,
+    path: Path,
+    *,
+    soup: Sequence[Path] = (),
+    crops: Sequence[Path] = (),
+    frames: Sequence[Sample[People]] = (),
+) -> None:
     """Write the model of a run without what only training needs, in float16; BatchNorm's counters keep their type.
 
-    With ``soup`` the weights are the mean of the run's and of that checkpoint's, from which the run began: ends of two
-    stretches of one training lie in one basin, and their middle generalises better (Wortsman et al., 2022). The
-    embedding is whitened by ``crops``, if there are any.
+    With ``soup`` the weights are the mean of the run's and of those checkpoints': ends of stretches of one training lie
+    in one basin, and their middle generalises better (Wortsman et al., 2022). The embedding is whitened by ``crops``,
+    if there are any. A mean of weights has not the mean of statistics (Izmailov et al., 2018): those of a detector's
+    BatchNorm are taken anew from ``frames``, as they are when it runs.
     """
     model, metadata = load_human(run)
-    if soup is not None:
-        other = load_human(soup)[0].state_dict()
-        mean = {n: v.lerp(other[n].to(v), 0.5) if v.is_floating_point() else v for n, v in model.state_dict().items()}
-        model.load_state_dict(mean)
+    if soup:
+        states = [model.state_dict(), *(load_human(other)[0].state_dict() for other in soup)]
+        whole = {n: value for n, value in states[0].items() if not value.is_floating_point()}  # counters
+        mean = {n: torch.stack([one[n] for one in states]).mean(0) for n in states[0].keys() - whole.keys()}
+        model.load_state_dict(mean | whole)
     if crops:
         whiten(model, crops, metadata)
+    if frames:
+        size = model.backbone.config.size
+        views = torch.from_numpy(np.stack([letterbox(np.asarray(open_sample(one)), size) for one in frames]))
+        pixels = normalize(views.permute(0, 3, 1, 2), metadata["mean"], metadata["std"])
+        update_bn(list(pixels.split(16)), model)
     tensors = {n: value.half() if value.is_floating_point() else value for n, value in model.state_dict().items()}
     kept = ("student", "architecture", "heads", "mean", "std", "step", "validation", "written")
     facts: dict[str, Any] = {name: metadata[name] for name in kept}
-    facts |= {"soup": metadata["soup"]} if "soup" in metadata else {}
     facts |= {"teachers": [_brief(passport) for passport in metadata["teachers"]], "best": "backbone"}
-    facts |= {"soup": sha256_of(soup)} if soup is not None else {}
+    facts |= {"soup": sorted(map(sha256_of, soup))} if soup else {}
     facts |= {"licence": "Apache-2.0 for the weights' own part", "base": LICENCE, "limits": LIMITS}
     write_checkpoint(path, tensors, facts)
     found = read_checkpoint(path)
@@ -497,12 +517,20 @@ def _python(script: Path, *arguments: object) -> None:
 @click.command()
 @click.option("--shared", default="../shared", show_default=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--work", default="build/default_models", show_default=True, type=click.Path(path_type=Path))
-@click.option("--soup", type=click.Path(exists=True, path_type=Path), help="Checkpoint to average the student with.")
+@click.option("--soup", multiple=True, metavar="RUN=FILE", help="Checkpoint to average a run's end with; repeat it.")
 @click.argument("steps", nargs=-1, type=click.Choice(STEPS))
-def main(shared: Path, work: Path, soup: Path | None, steps: tuple[str, ...]) -> None:
+def main(shared: Path, work: Path, soup: tuple[str, ...], steps: tuple[str, ...]) -> None:
     """Make the default models."""
     work.mkdir(parents=True, exist_ok=True)
-    maker = Maker(shared.resolve(), work.resolve(), soup)
+    soups: dict[str, list[Path]] = {run: [] for run in PACKED}
+    for one in soup:
+        run, _, file = one.partition("=")
+        if run not in soups or not Path(file).is_file():
+            raise click.UsageError(
+                f"--soup {one}: expected RUN=FILE, RUN one of {', '.join(PACKED)}, FILE a checkpoint"
+            )
+        soups[run].append(Path(file))
+    maker = Maker(shared.resolve(), work.resolve(), soups)
     for step in steps or STEPS:
         click.echo(f"--- {step}")
         getattr(maker, step)()
