@@ -450,7 +450,7 @@ def doctor(as_json: bool) -> None:
     "--threshold",
     type=click.FloatRange(0, 1),
     metavar="SCORE",
-    help="Least score of a person that a detector's bundle finds; by default 0.5.",
+    help="Least score of a person that a detector's bundle finds; by default 0.6.",
 )
 @_json_option
 def run(

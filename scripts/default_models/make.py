@@ -66,7 +66,7 @@ CAMERAS = Augmentation(scale=0.2, rotate=8.0, colour=0.6, grey=0.0, low_resoluti
 CHOOSING_FRAMES = 125  # of each set, that the detector's threshold and overlap are chosen by
 PEDESTRIANS = {"athletes": 6000, "walkers": 9000}  # made of those who stand or walk
 CUTOUTS = 3  # how often each of the 804 people of fashion photographs counts among some thousand athletes
-THRESHOLDS, OVERLAPS = (0.4, 0.45, 0.5), (0.4, 0.45, 0.5, 0.6)
+THRESHOLDS, OVERLAPS = (0.45, 0.5, 0.55, 0.6, 0.65), (0.4, 0.45, 0.5, 0.6)
 PACKED = {"teacher": "human_teacher_vit_small", "student": "dpal_vit_tiny", "detector": "person_detector"}
 LIMITS = (
     "Trained on photographs of identifiable people (Leeds Sports Pose Extended: research use with citation; Clothing "
