@@ -10,7 +10,12 @@ from click.testing import CliRunner
 from dpal_edge import __version__, cli
 from dpal_edge.cli import _Group, _load, main
 from dpal_edge.errors import BackendUnavailable, DataError, ParityError
+from dpal_edge.runtime.detector import THRESHOLD
 from dpal_edge.runtime.doctor import Library
+
+
+def test_help_tells_the_least_score_of_people():
+    assert f"by default {THRESHOLD}." in " ".join(CliRunner().invoke(main, ["run", "--help"]).output.split())
 
 
 def test_help_names_the_commands():

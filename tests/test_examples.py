@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "dpal_edge" / "assets"
 BUNDLE = ASSETS / "dpal_vit_tiny.json"
 CLIP = ASSETS / "one-by-one-person-detection.mp4"
-EMPTY_AT_FIRST = ASSETS / "people-detection.264"
 EMPTY_ROOM = ASSETS / "people-detection.264"
 DEPLOY = ROOT / "deploy"
 
@@ -80,7 +79,7 @@ def test_finding_a_person_in_a_folder(tmp_path):
     cv2.imwrite(str(frame), frames[120])
     [line] = run_example("find_person", BUNDLE, frame, frame.parent, "--detect").splitlines()
     assert float(line.split()[0]) == pytest.approx(1, abs=1e-3)
-    capture = cv2.VideoCapture(str(EMPTY_AT_FIRST))
+    capture = cv2.VideoCapture(str(EMPTY_ROOM))
     cv2.imwrite(str(frame.with_name("empty.png")), capture.read()[1])
     capture.release()
     assert run_example("find_person", BUNDLE, frame, frame.parent, "--detect").splitlines()[-1].startswith("-1.0000")

@@ -24,7 +24,8 @@ else:
 
 _POSITIVE = ("steps", "batch", "accumulate", "base_lr", "log_every", "save_every", "keep", "size", "local_size",
              "crowd_size")  # fmt: skip
-_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false",
+          tuple[int, int]: "two whole numbers, for example 256x128"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +238,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
         return _choice(arguments, value, name)
     elif (number := _as_plain(hint, value)) is not None:
         return number
-    raise ConfigError(f"{name} is {value!r}, expected {_WORDS.get(hint, 'two whole numbers, for example 256x128')}")
+    raise ConfigError(f"{name} is {value!r}, expected {_WORDS[hint]}")
 
 
 def _choice(choices: tuple[Any, ...], value: Any, name: str) -> Any:

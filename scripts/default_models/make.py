@@ -162,6 +162,8 @@ class Maker:
         for run, name in PACKED.items():
             path = ASSETS / f"{name}.safetensors"
             trained = self._newest(run)
+            if trained == path and self.soups.get(run):
+                raise click.UsageError(f"--soup {run}=FILE: {self.work} has no {run} to average; train it first")
             if trained != path:  # what ships is a mean, and whitened, already
                 crops = sorted(self.work.glob("student-embedded/*/*"))[::WHITENED] if run == "student" else ()
                 frames = read_detection(self._frames(), "train").samples[::STATED] if run == "detector" else ()

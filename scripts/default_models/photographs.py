@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from dpal_edge.files import write_text
 from dpal_edge.runtime.backend import open_backend
+from dpal_edge.runtime.boxes import Boxes, area, intersection, iou
 from dpal_edge.runtime.detector import ModelDetector
 from dpal_edge.tasks.image import read_ids
 from dpal_edge.tasks.parsing import read_lip
 
-Box = NDArray[np.float64]  # (4,), or (n, 4): left, top, right, bottom in pixels
+Box = NDArray[np.float64]  # (4,): left, top, right, bottom in pixels
 _INSIDE, _SAME = 0.5, 0.3  # share of a box in the person's, and overlap with it, from which it is no other person
 
 
@@ -40,13 +41,10 @@ def boxes_of_masks(folder: Path) -> dict[Path, Box]:
     return found
 
 
-def others(boxes: Box, person: Box) -> Box:
+def others(boxes: Boxes, person: Boxes) -> Boxes:
     """Return which of boxes (n, 4) are neither the person in the box (4,) nor a part of that person."""
-    corners = np.maximum(boxes[:, :2], person[:2]), np.minimum(boxes[:, 2:], person[2:])
-    shared = (corners[1] - corners[0]).clip(0).prod(1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    overlap = shared / np.maximum(area + (person[2:] - person[:2]).prod() - shared, 1e-9)
-    return boxes[(area > 0) & (shared < _INSIDE * area) & (overlap < _SAME)]
+    inside = intersection(boxes, person[None])[:, 0] >= _INSIDE * area(boxes)  # an empty box, too
+    return boxes[~inside & (iou(boxes, person[None])[:, 0] < _SAME)]
 
 
 @click.command()
@@ -66,8 +64,8 @@ def main(masks: tuple[Path, ...], detector: Path, finder: Path, out: Path) -> No
     for i, (path, box) in enumerate(found.items(), 1):
         pixels = cv2.imread(str(path))
         height, width = pixels.shape[:2]
-        person, rows = np.clip(box, 0, [width, height] * 2), detect(peer, pixels)
-        seen = np.concatenate([rows[rows[:, 0] >= UNSURE, 1:], ours(pixels).boxes])
+        person, rows = np.clip(box, 0, [width, height] * 2).astype(np.float32), detect(peer, pixels)
+        seen = np.concatenate([rows[rows[:, 0] >= UNSURE, 1:].astype(np.float32), ours(pixels).boxes])
         link = out / "train" / path.name
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
